@@ -1,0 +1,3 @@
+//! The `samepage` command.
+
+fn main() {}

@@ -1,0 +1,2 @@
+//! What a pageload guest writes into its pages.
+#![no_std]
