@@ -1,1 +1,6 @@
 //! Samepage: vmm.
+
+pub mod bus;
+pub mod events;
+pub mod memory;
+mod panics;
