@@ -4,3 +4,4 @@ pub mod bus;
 pub mod events;
 pub mod memory;
 mod panics;
+pub mod virtio;
