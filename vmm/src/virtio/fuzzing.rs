@@ -177,7 +177,7 @@ pub fn requests(disk: Disk, features: u64, input: &[u8]) {
     for (index, descriptor) in (0..QUEUE_SIZE).zip(table.as_chunks::<8>().0) {
         guest.poke(
             DESCRIPTORS + 16 * u64::from(index),
-            &wide_descriptor(*descriptor),
+            &wide_descriptor(index, *descriptor),
         );
         guest.poke(AVAIL + 4 + 2 * u64::from(index), &index.to_le_bytes());
     }
@@ -202,13 +202,17 @@ fn wide_header([kind, sector_low, sector_high, far]: [u8; 4]) -> [u8; 16] {
     header
 }
 
-/// A descriptor of which seven in eight lie in or near memory.
-fn wide_descriptor(narrow: [u8; 8]) -> [u8; 16] {
+/// Descriptor number `index`, most often in memory, of a plausible length, and linked to the next.
+fn wide_descriptor(index: u16, narrow: [u8; 8]) -> [u8; 16] {
     let [a, b, c, length_low, length_high, length_kind, flags, next] = narrow;
-    let mut address = u64::from(u32::from_le_bytes([a, b, c, 0])) % 0x1_9000;
-    if flags >= 0xe0 {
-        address |= u64::from(c) << 56;
-    }
+    let offset = u64::from(u16::from_le_bytes([a, b]));
+    let address = match c % 8 {
+        0..=3 => 0x4000 + ((offset % 0x1000) & !15),
+        4 => 0x4000 + offset % 0x4000,
+        5 => HIGH_START + offset % 0x8000,
+        6 => offset << 1,
+        _ => offset << 48 | u64::from(c),
+    };
     let any_length = u32::from_le_bytes([length_low, length_high, 0, length_kind]);
     let length = match length_kind % 8 {
         0 => 1,
@@ -222,7 +226,13 @@ fn wide_descriptor(narrow: [u8; 8]) -> [u8; 16] {
     let mut wide = [0; 16];
     wide[..8].copy_from_slice(&address.to_le_bytes());
     wide[8..12].copy_from_slice(&length.to_le_bytes());
-    wide[12] = flags % 8;
-    wide[14] = next % 18;
+    // Indirect one time in eight.
+    wide[12] = (flags % 4) | (u8::from(flags >= 0xe0) << 2);
+    let next = if next < 0xc0 {
+        index + 1
+    } else {
+        u16::from(next % 18)
+    };
+    wide[14..].copy_from_slice(&next.to_le_bytes());
     wide
 }
