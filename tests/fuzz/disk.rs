@@ -1,0 +1,16 @@
+// A disk of a few sectors, made once: a file for each input would be most of the time.
+fn disk(is_read_only: bool) -> vmm::virtio::Disk {
+    static FILE: std::sync::OnceLock<tempfile::NamedTempFile> = std::sync::OnceLock::new();
+    let file = FILE.get_or_init(|| {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        file.as_file().set_len(8192).expect("temporary file");
+        file
+    });
+    vmm::virtio::Disk::open(vmm::virtio::DiskOptions {
+        drive_id: "fuzz".to_owned(),
+        path_on_host: file.path().to_owned(),
+        is_read_only,
+        cache: vmm::virtio::CachePolicy::Unsafe,
+    })
+    .expect("temporary file")
+}
