@@ -6,11 +6,6 @@ fn disk(is_read_only: bool) -> vmm::virtio::Disk {
         file.as_file().set_len(8192).expect("temporary file");
         file
     });
-    vmm::virtio::Disk::open(vmm::virtio::DiskOptions {
-        drive_id: "fuzz".to_owned(),
-        path_on_host: file.path().to_owned(),
-        is_read_only,
-        cache: vmm::virtio::CachePolicy::Unsafe,
-    })
-    .expect("temporary file")
+    let drive = vmm::virtio::fuzzing::drive("fuzz", file.path(), is_read_only);
+    vmm::virtio::Disk::open(&drive).expect("temporary file")
 }

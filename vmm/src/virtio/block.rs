@@ -18,10 +18,11 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{DescriptorChain, Queue};
 use vm_memory::Bytes;
 
-pub use self::disk::{CachePolicy, Disk, DiskError, DiskOptions};
+pub use self::disk::{Disk, DiskError};
 use self::disk::{DiskFault, MAX_REQUEST_BYTES};
 use self::request::{Kind, QUEUE_SIZE, Request};
 use super::{Activation, Budget, Device, GuestMemory, LogLimit, Progress, RingError, Served, ring};
+use crate::config::CacheType;
 
 /// Most data segments in a request: a chain as long as the queue, less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
@@ -77,7 +78,7 @@ impl Device for Block {
         if self.disk.is_read_only() {
             features |= 1 << VIRTIO_BLK_F_RO;
         }
-        if self.disk.cache() == CachePolicy::Writeback {
+        if self.disk.cache_type() == CacheType::Writeback {
             features |= 1 << VIRTIO_BLK_F_FLUSH;
         }
         features

@@ -2,6 +2,7 @@
 //!
 //! Everything here is what a guest can do: access registers, write its memory, ring doorbells.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::{
@@ -14,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Block, Disk, GuestMemory, Interrupt, QueueWorker, Transport};
 use crate::bus::MmioDevice;
+use crate::config::{CacheType, Drive, IoEngine, Unsupported};
 
 /// First bytes of memory, then a hole, then more: as around the hole below 4 GiB.
 pub(crate) const LOW_BYTES: usize = 0x8000;
@@ -24,6 +26,21 @@ pub(crate) const DESCRIPTORS: u64 = 0x1000;
 pub(crate) const AVAIL: u64 = 0x2000;
 pub(crate) const USED: u64 = 0x2800;
 pub(crate) const QUEUE_SIZE: u16 = 16;
+
+/// The configuration of a data drive over the file at `path`.
+pub fn drive(drive_id: &str, path: &Path, is_read_only: bool) -> Drive {
+    Drive {
+        drive_id: drive_id.to_owned(),
+        path_on_host: path.to_owned(),
+        is_root_device: false,
+        is_read_only,
+        partuuid: None,
+        cache_type: CacheType::Unsafe,
+        io_engine: IoEngine::Sync,
+        rate_limiter: Unsupported::ABSENT,
+        socket: Unsupported::ABSENT,
+    }
+}
 
 /// A guest with one block device. Panics are findings, so it panics freely itself.
 #[derive(Debug)]

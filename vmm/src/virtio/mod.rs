@@ -48,7 +48,7 @@ mod transport;
 mod worker;
 
 pub use attach::{Attachment, Doorbell, Slot, SlotError, attach, attach_block};
-pub use block::{Block, CachePolicy, Disk, DiskError, DiskOptions};
+pub use block::{Block, Disk, DiskError};
 pub use device::{Activation, Device};
 pub use interrupt::Interrupt;
 pub use log_limit::LogLimit;

@@ -13,6 +13,7 @@ use vm_memory::{
 
 use super::super::GuestMemory;
 use super::segments::{Segment, Segments};
+use crate::config::{CacheType, Drive};
 
 /// Bytes of a sector, whatever the file system below uses (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
@@ -20,29 +21,6 @@ const SECTOR_BYTES: u64 = 512;
 /// Most bytes moved by a request. Without a bound, one chain of descriptors that all name the same
 /// memory is 4 GiB of I/O that the event loop cannot interrupt.
 pub(crate) const MAX_REQUEST_BYTES: u64 = 16 << 20;
-
-/// What a guest's flush does; Firecracker's `cache_type`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CachePolicy {
-    /// Nothing: what the guest wrote is as safe as the host's page cache.
-    #[default]
-    Unsafe,
-    /// The file's data is on stable storage when the flush is answered.
-    Writeback,
-}
-
-/// A drive of the configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskOptions {
-    /// Names the drive; its first 20 bytes are the serial number the guest sees.
-    pub drive_id: String,
-    /// A regular file or a block device.
-    pub path_on_host: PathBuf,
-    /// Refuse writes.
-    pub is_read_only: bool,
-    /// What a flush does.
-    pub cache: CachePolicy,
-}
 
 /// Why a drive cannot be used. Each names the drive and its path.
 #[derive(Debug, Error)]
@@ -103,7 +81,7 @@ pub struct Disk {
     drive_id: String,
     capacity_sectors: u64,
     is_read_only: bool,
-    cache: CachePolicy,
+    cache_type: CacheType,
 }
 
 impl Disk {
@@ -116,13 +94,9 @@ impl Disk {
     /// # Errors
     /// [`DiskError`]: the file is missing, may not be opened that way, or is not of a kind that has
     /// sectors.
-    pub fn open(options: DiskOptions) -> Result<Disk, DiskError> {
-        let DiskOptions {
-            drive_id,
-            path_on_host: path,
-            is_read_only,
-            cache,
-        } = options;
+    pub fn open(drive: &Drive) -> Result<Disk, DiskError> {
+        let (drive_id, path) = (drive.drive_id.clone(), drive.path_on_host.clone());
+        let is_read_only = drive.is_read_only;
         let opened = open_file(&path, is_read_only).and_then(|mut file| {
             let kind = unusable_kind(&file)?;
             let size_bytes = if kind.is_none() {
@@ -171,7 +145,7 @@ impl Disk {
             drive_id,
             capacity_sectors,
             is_read_only,
-            cache,
+            cache_type: drive.cache_type,
         })
     }
 
@@ -186,8 +160,8 @@ impl Disk {
     }
 
     /// What a flush does.
-    pub fn cache(&self) -> CachePolicy {
-        self.cache
+    pub fn cache_type(&self) -> CacheType {
+        self.cache_type
     }
 
     /// The drive's name.
@@ -229,11 +203,11 @@ impl Disk {
 
     /// Makes what was written durable, where the drive is configured so.
     pub(crate) fn flush(&mut self) -> Result<(), DiskFault> {
-        match self.cache {
-            CachePolicy::Unsafe => Ok(()),
+        match self.cache_type {
+            CacheType::Unsafe => Ok(()),
             // A read-only drive's file was never written by us.
-            CachePolicy::Writeback if self.is_read_only => Ok(()),
-            CachePolicy::Writeback => self.file.sync_data().map_err(DiskFault::Io),
+            CacheType::Writeback if self.is_read_only => Ok(()),
+            CacheType::Writeback => self.file.sync_data().map_err(DiskFault::Io),
         }
     }
 

@@ -1,5 +1,6 @@
 use super::*;
-use crate::virtio::fuzzing::{AVAIL, DESCRIPTORS, Guest, HIGH_START, LOW_BYTES, USED};
+use crate::config::Drive;
+use crate::virtio::fuzzing::{self, AVAIL, DESCRIPTORS, Guest, HIGH_START, LOW_BYTES, USED};
 use proptest::prelude::*;
 use std::io::Write;
 use std::path::Path;
@@ -17,12 +18,10 @@ const WRITE: u16 = 2;
 const UNTOUCHED: u8 = 0xee;
 const SECTORS: u64 = 8;
 
-fn options(path: &Path) -> DiskOptions {
-    DiskOptions {
-        drive_id: "rootfs".to_owned(),
-        path_on_host: path.to_owned(),
-        is_read_only: false,
-        cache: CachePolicy::Writeback,
+fn drive(path: &Path) -> Drive {
+    Drive {
+        cache_type: CacheType::Writeback,
+        ..fuzzing::drive("rootfs", path, false)
     }
 }
 
@@ -42,11 +41,11 @@ struct Bench {
     next_avail: u16,
 }
 
-fn bench_with(change: impl FnOnce(&mut DiskOptions)) -> Bench {
+fn bench_with(change: impl FnOnce(&mut Drive)) -> Bench {
     let file = file();
-    let mut options = options(file.path());
-    change(&mut options);
-    let mut guest = Guest::new(Disk::open(options).unwrap());
+    let mut drive = drive(file.path());
+    change(&mut drive);
+    let mut guest = Guest::new(Disk::open(&drive).unwrap());
     guest.set_up(0);
     Bench {
         guest,
@@ -242,7 +241,7 @@ fn buffers_outside_of_memory_are_an_i_o_error() {
 
 #[test]
 fn a_read_only_disk_says_so_and_refuses_writes() {
-    let mut bench = bench_with(|options| options.is_read_only = true);
+    let mut bench = bench_with(|drive| drive.is_read_only = true);
     let before = bench.contents();
     bench
         .guest
@@ -257,8 +256,8 @@ fn a_read_only_disk_says_so_and_refuses_writes() {
 
 #[test]
 fn flush_is_offered_where_it_is_honoured() {
-    for (cache, offered) in [(CachePolicy::Writeback, true), (CachePolicy::Unsafe, false)] {
-        let mut bench = bench_with(|options| options.cache = cache);
+    for (cache, offered) in [(CacheType::Writeback, true), (CacheType::Unsafe, false)] {
+        let mut bench = bench_with(|drive| drive.cache_type = cache);
         let features = bench.guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES);
         assert_eq!(features & 1 << VIRTIO_BLK_F_FLUSH != 0, offered);
         assert_eq!(bench.request(VIRTIO_BLK_T_FLUSH, 0, 0, 0), OK);
@@ -270,7 +269,7 @@ fn the_serial_number_is_the_drive_id() {
     let mut bench = bench();
     assert_eq!(bench.request(VIRTIO_BLK_T_GET_ID, 0, 20, WRITE), OK);
     assert_eq!(bench.peek(DATA, 20), b"rootfs\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
-    let mut long = bench_with(|options| options.drive_id = "x".repeat(40));
+    let mut long = bench_with(|drive| drive.drive_id = "x".repeat(40));
     assert_eq!(long.request(VIRTIO_BLK_T_GET_ID, 0, 20, WRITE), OK);
     assert_eq!(long.peek(DATA, 21), [vec![b'x'; 20], vec![0]].concat());
 }
@@ -365,7 +364,7 @@ fn a_size_that_is_not_whole_sectors_loses_the_rest() {
     let file = file();
     file.as_file().set_len(1500).unwrap();
     assert_eq!(
-        Disk::open(options(file.path())).unwrap().capacity_sectors(),
+        Disk::open(&drive(file.path())).unwrap().capacity_sectors(),
         2
     );
 }
@@ -374,11 +373,11 @@ fn a_size_that_is_not_whole_sectors_loses_the_rest() {
 fn open_errors_name_the_drive_and_the_path() {
     let directory = tempfile::tempdir().unwrap();
     let message = |path: &Path, is_read_only| {
-        let options = DiskOptions {
+        let drive = Drive {
             is_read_only,
-            ..options(path)
+            ..drive(path)
         };
-        Disk::open(options).unwrap_err().to_string()
+        Disk::open(&drive).unwrap_err().to_string()
     };
     let missing = directory.path().join("missing.img");
     let prefix = |path: &Path| format!("drives[rootfs].path_on_host {}: ", path.display());
@@ -403,9 +402,9 @@ fn a_named_pipe_is_refused_without_waiting_for_its_other_end() {
         .status()
         .unwrap();
     assert!(made.success());
-    let error = Disk::open(DiskOptions {
+    let error = Disk::open(&Drive {
         is_read_only: true,
-        ..options(&pipe)
+        ..drive(&pipe)
     })
     .unwrap_err();
     assert!(error.to_string().contains("named pipe"), "{error}");
@@ -437,7 +436,7 @@ proptest! {
         kinds in prop::collection::vec(0..6_u8, 64),
         is_read_only in any::<bool>(),
     ) {
-        let mut bench = bench_with(|options| options.is_read_only = is_read_only);
+        let mut bench = bench_with(|drive| drive.is_read_only = is_read_only);
         // Types and sectors are small numbers wherever a header may be.
         let pattern: Vec<u8> = kinds.iter().flat_map(|&kind| [kind, 0, 0, 0]).collect();
         for start in (0x4000..0x8000).chain(HIGH_START..HIGH_START + 0x8000).step_by(256) {

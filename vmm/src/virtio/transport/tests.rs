@@ -1,19 +1,13 @@
 use super::*;
+use crate::virtio::Disk;
 use crate::virtio::fuzzing::{self, DESCRIPTORS, Guest};
-use crate::virtio::{CachePolicy, Disk, DiskOptions};
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
 
 fn disk() -> Disk {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(8192).unwrap();
-    Disk::open(DiskOptions {
-        drive_id: "disk".to_owned(),
-        path_on_host: file.path().to_owned(),
-        is_read_only: false,
-        cache: CachePolicy::Unsafe,
-    })
-    .unwrap()
+    Disk::open(&fuzzing::drive("disk", file.path(), false)).unwrap()
 }
 
 fn guest() -> Guest {
