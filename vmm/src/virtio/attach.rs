@@ -165,6 +165,11 @@ pub fn attach_block(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bus::MmioBus;
+    use crate::events::EventLoop;
+    use crate::virtio::fuzzing;
+    use std::time::{Duration, Instant};
+    use vm_memory::{Bytes, GuestAddress};
 
     #[test]
     fn slots_have_addresses_lines_and_kernel_parameters_of_their_own() {
@@ -186,5 +191,72 @@ mod tests {
             let expected = format!("virtio device number {index}: a VM has room for 19");
             assert_eq!(Slot::new(index).unwrap_err().to_string(), expected);
         }
+    }
+
+    /// Waits until an eventfd was signalled.
+    fn wait_for(event: &EventFd) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while event.read().is_err() {
+            assert!(Instant::now() < deadline, "no event");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_plugged_in_device_serves_its_doorbell_and_lets_go_of_memory_when_pulled() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(512).unwrap();
+        let disk = Disk::open(&fuzzing::drive("disk", file.path(), false)).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
+        let memory = Arc::new(memory);
+        let slot = Slot::new(3).unwrap();
+        let parts = attach_block(slot, "vm/disk", disk, memory.clone()).unwrap();
+
+        let events = EventLoop::new().unwrap();
+        let id = events
+            .remote()
+            .add(parts.subscriber, Box::new(|text| panic!("{text}")))
+            .unwrap();
+        let mut bus = MmioBus::new();
+        bus.insert(slot.base(), slot.size_bytes(), parts.registers)
+            .unwrap();
+        let write = |offset: u64, value: u32| bus.write(slot.base() + offset, &value.to_le_bytes());
+        for (offset, value) in [
+            // Up to FEATURES_OK with VIRTIO_F_VERSION_1, a queue of 4, DRIVER_OK.
+            (0x70, 1),
+            (0x70, 3),
+            (0x24, 1),
+            (0x20, 1),
+            (0x70, 11),
+            (0x38, 4),
+            (0x80, 0x1000),
+            (0x90, 0x2000),
+            (0xa0, 0x3000),
+            (0x44, 1),
+            (0x70, 15),
+        ] {
+            write(offset, value);
+        }
+        // One flush: a header of type 4, a status byte.
+        for (address, bytes) in [
+            (0x4000, &4_u128.to_le_bytes()[..]),
+            (
+                0x1000,
+                &[0, 0x40, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 1, 0, 1, 0],
+            ),
+            (0x1010, &[0, 0x50, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0]),
+            (0x5000, &[0xee]),
+            (0x2002, &[1, 0]),
+        ] {
+            memory.write_slice(bytes, GuestAddress(address)).unwrap();
+        }
+        assert_eq!(parts.doorbells[0].address, 0xd000_3050);
+        parts.doorbells[0].event.write(1).unwrap();
+        wait_for(&parts.irq_event);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 0);
+
+        drop(bus);
+        events.remote().remove(id).unwrap();
+        assert_eq!(Arc::strong_count(&memory), 1);
     }
 }
