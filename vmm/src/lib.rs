@@ -5,6 +5,7 @@ pub mod bus;
 pub mod config;
 pub mod console;
 mod device;
+mod drives;
 pub mod error;
 pub mod events;
 pub mod id;
