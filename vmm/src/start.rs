@@ -68,7 +68,7 @@ pub enum StartError {
     #[error("cannot make an eventfd: {0}")]
     EventFd(#[source] std::io::Error),
     /// A drive's file.
-    #[error("path_on_host: {0}")]
+    #[error(transparent)]
     Disk(#[from] DiskError),
     /// A place for a device.
     #[error("drives: {0}")]
