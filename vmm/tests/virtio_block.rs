@@ -141,8 +141,10 @@ impl Guest {
         self.emit(&[0x8b, 0x87], &[0x60]);
         self.emit(&[0x84, 0xc0, 0x74, 0xf6], &[]);
         self.print_al();
-        // in al, 0x20: the interrupt request register of the first 8259.
-        self.emit(&[0xe4, 0x20], &[]);
+        // again: in al, 0x20; test al, line; je again: the interrupt request register of the first
+        // 8259. The status is set before the line goes up.
+        let line = 1_u8 << (5 + index);
+        self.emit(&[0xe4, 0x20, 0xa8, line, 0x74, 0xfa], &[]);
         self.print_al();
         for nth in 0..u32::from(count) {
             for offset in [STATUSES + nth, BUFFERS + nth * 512] {
