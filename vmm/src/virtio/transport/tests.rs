@@ -199,6 +199,8 @@ fn after_a_reset_nobody_touches_guest_memory_also_while_the_queue_is_served() {
             // Sixteen chains without a status byte, or an index too far ahead.
             let index = if round % 2 == 0 { 16_u16 } else { 99 };
             guest.poke(fuzzing::AVAIL + 2, &index.to_le_bytes());
+            // Another moment each time.
+            (0..round * 8).for_each(|_| std::hint::spin_loop());
             guest.write(register::VIRTIO_MMIO_STATUS, 0);
             assert_eq!(Arc::strong_count(&guest.memory), 2);
             assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 0);
