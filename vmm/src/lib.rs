@@ -1,1 +1,23 @@
 //! Samepage: vmm.
+
+pub mod boot;
+pub mod bus;
+pub mod config;
+pub mod console;
+pub mod error;
+pub mod events;
+pub mod id;
+pub mod info;
+pub mod memory;
+pub mod monitor;
+mod panics;
+pub mod start;
+pub mod state;
+
+pub use config::VmConfig;
+pub use console::{Console, ConsoleRead, ConsoleReader};
+pub use error::{ErrorKind, MonitorError};
+pub use id::{MergeDomain, VmId};
+pub use info::{GuestReport, VmInfo};
+pub use monitor::Monitor;
+pub use state::{EndReason, VmState};

@@ -1,0 +1,107 @@
+//! The kernel command line: what was configured, then what the monitor adds, as Firecracker does.
+
+use linux_loader::cmdline::{Cmdline, Error};
+
+use crate::config::{Drive, VmConfig};
+
+/// Longest command line in bytes without its final NUL: what 64-bit Linux takes
+/// (`COMMAND_LINE_SIZE` in `arch/x86/include/asm/setup.h`).
+pub const CMDLINE_LEN_MAX: usize = 2047;
+
+/// MMIO address of the first virtio device; the next ones follow at [`VIRTIO_MMIO_SIZE_BYTES`].
+pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
+/// Size of a virtio device's register window.
+pub const VIRTIO_MMIO_SIZE_BYTES: u64 = 0x1000;
+/// Interrupt line (GSI) of the first virtio device; the next ones follow.
+pub const VIRTIO_MMIO_FIRST_IRQ: u32 = 5;
+/// Most virtio devices of a VM: the IOAPIC's lines from 5 to 23.
+pub const VIRTIO_MMIO_COUNT_MAX: u32 = 19;
+
+/// Where virtio device number `index` (from 0) is found: its MMIO base and its interrupt line.
+pub fn virtio_mmio_slot(index: u32) -> (u64, u32) {
+    let base = VIRTIO_MMIO_BASE + VIRTIO_MMIO_SIZE_BYTES * u64::from(index);
+    (base, VIRTIO_MMIO_FIRST_IRQ + index)
+}
+
+/// The drives in the order the guest finds them: the root device first, hence `/dev/vda`.
+pub fn ordered_drives(config: &VmConfig) -> Vec<&Drive> {
+    let mut drives: Vec<&Drive> = config.drives.iter().collect();
+    drives.sort_by_key(|drive| !drive.is_root_device);
+    drives
+}
+
+/// Composes the command line: `boot_args`, `root=` for a root drive, one
+/// `virtio_mmio.device=` for each device. What follows ` -- ` in `boot_args` stays at the end.
+///
+/// # Errors
+/// [`Error`] when the whole is longer than [`CMDLINE_LEN_MAX`].
+pub fn compose(config: &VmConfig) -> Result<Cmdline, Error> {
+    let mut cmdline = Cmdline::try_from(config.boot_source.boot_args(), CMDLINE_LEN_MAX + 1)?;
+    let drives = ordered_drives(config);
+    if let Some(root) = drives.first().filter(|drive| drive.is_root_device) {
+        let root_arg = match &root.partuuid {
+            Some(uuid) => format!("root=PARTUUID={uuid}"),
+            None => "root=/dev/vda".to_owned(),
+        };
+        cmdline.insert_str(root_arg)?;
+        cmdline.insert_str(if root.is_read_only { "ro" } else { "rw" })?;
+    }
+    for (index, _) in (0..).zip(&drives) {
+        let (base, irq) = virtio_mmio_slot(index);
+        cmdline.insert_str(format!("virtio_mmio.device=4K@{base:#x}:{irq}"))?;
+    }
+    Ok(cmdline)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drive(id: &str, is_root_device: bool) -> Drive {
+        let json = format!(
+            r#"{{"drive_id": "{id}", "path_on_host": "f", "is_root_device": {is_root_device}}}"#
+        );
+        serde_json::from_str(&json).unwrap()
+    }
+
+    fn text(config: &VmConfig) -> String {
+        compose(config)
+            .unwrap()
+            .as_cstring()
+            .unwrap()
+            .into_string()
+            .unwrap()
+    }
+
+    #[test]
+    fn without_drives_the_boot_args_stand_alone() {
+        let mut config = VmConfig::new("k");
+        config.boot_source.boot_args = Some("console=ttyS0 quiet".to_owned());
+        assert_eq!(text(&config), "console=ttyS0 quiet");
+    }
+
+    #[test]
+    fn the_root_drive_comes_first_and_is_named() {
+        let mut config = VmConfig::new("k");
+        config.boot_source.boot_args = Some("quiet -- arg".to_owned());
+        config.drives = vec![drive("data", false), drive("rootfs", true)];
+        assert_eq!(ordered_drives(&config)[0].drive_id, "rootfs");
+        assert_eq!(
+            text(&config),
+            "quiet root=/dev/vda rw virtio_mmio.device=4K@0xd0000000:5 \
+             virtio_mmio.device=4K@0xd0001000:6 -- arg"
+        );
+        config.drives[1].partuuid = Some("1234-01".to_owned());
+        config.drives[1].is_read_only = true;
+        assert!(text(&config).contains(" root=PARTUUID=1234-01 ro "));
+    }
+
+    #[test]
+    fn a_line_that_gets_too_long_is_an_error() {
+        let mut config = VmConfig::new("k");
+        config.boot_source.boot_args = Some("x".repeat(CMDLINE_LEN_MAX));
+        assert_eq!(text(&config).len(), CMDLINE_LEN_MAX);
+        config.drives = vec![drive("data", false)];
+        compose(&config).unwrap_err();
+    }
+}

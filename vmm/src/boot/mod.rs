@@ -1,0 +1,3 @@
+//! What a guest finds in its memory when it starts.
+
+pub mod cmdline;

@@ -1,0 +1,302 @@
+//! Which configurations make sense. Checked once here, trusted everywhere else.
+
+use super::{HugePages, IoEngine, MEM_SIZE_MIB_MAX, Unsupported, VCPU_COUNT_MAX, VmConfig};
+use crate::boot::cmdline::CMDLINE_LEN_MAX;
+
+/// A value that makes no sense. Names the field and the value.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A key or value that Firecracker has and Samepage does not support yet.
+    #[error("{field}: not supported yet")]
+    Unsupported {
+        /// The key, with the value where only some values are refused.
+        field: String,
+    },
+    /// A value outside its range or alphabet.
+    #[error("{field}: {value} {problem}")]
+    BadValue {
+        /// The key.
+        field: &'static str,
+        /// The value.
+        value: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+fn bad(
+    field: &'static str,
+    value: impl std::fmt::Display,
+    problem: impl Into<String>,
+) -> ConfigError {
+    ConfigError::BadValue {
+        field,
+        value: value.to_string(),
+        problem: problem.into(),
+    }
+}
+
+fn supported(field: impl Into<String>, is_supported: bool) -> Result<(), ConfigError> {
+    if is_supported {
+        Ok(())
+    } else {
+        Err(ConfigError::Unsupported {
+            field: field.into(),
+        })
+    }
+}
+
+impl VmConfig {
+    /// Checks every value. Looks at no file: that is done when the VM is created.
+    ///
+    /// # Errors
+    /// The first [`ConfigError`] found.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.check_unsupported()?;
+        self.check_machine()?;
+        self.check_boot_source()?;
+        self.check_drives()
+    }
+
+    fn check_unsupported(&self) -> Result<(), ConfigError> {
+        let keys: [(&str, &Unsupported); 11] = [
+            ("network-interfaces", &self.network_interfaces),
+            ("vsock", &self.vsock),
+            ("balloon", &self.balloon),
+            ("entropy", &self.entropy),
+            ("cpu-config", &self.cpu_config),
+            ("mmds-config", &self.mmds_config),
+            ("logger", &self.logger),
+            ("metrics", &self.metrics),
+            ("pmem", &self.pmem),
+            ("memory-hotplug", &self.memory_hotplug),
+            ("serial", &self.serial),
+        ];
+        keys.into_iter()
+            .try_for_each(|(key, asked)| supported(key, asked.is_absent()))
+    }
+
+    fn check_machine(&self) -> Result<(), ConfigError> {
+        let machine = &self.machine_config;
+        let vcpus = machine.vcpu_count;
+        if !(1..=VCPU_COUNT_MAX).contains(&vcpus) {
+            return Err(bad(
+                "vcpu_count",
+                vcpus,
+                format!("is not 1 to {VCPU_COUNT_MAX}"),
+            ));
+        }
+        if machine.smt && vcpus != 1 && vcpus % 2 == 1 {
+            return Err(bad("vcpu_count", vcpus, "is odd, with smt it is 1 or even"));
+        }
+        if !(1..=MEM_SIZE_MIB_MAX).contains(&machine.mem_size_mib) {
+            let problem = format!("is not 1 to {MEM_SIZE_MIB_MAX}");
+            return Err(bad("mem_size_mib", machine.mem_size_mib, problem));
+        }
+        supported("track_dirty_pages: true", !machine.track_dirty_pages)?;
+        supported(
+            "huge_pages other than \"None\"",
+            machine.huge_pages == HugePages::None,
+        )?;
+        match machine.cpu_template.as_deref() {
+            None | Some("None") => Ok(()),
+            Some(name) => supported(format!("cpu_template {name:?}"), false),
+        }
+    }
+
+    fn check_boot_source(&self) -> Result<(), ConfigError> {
+        let boot = &self.boot_source;
+        if boot.kernel_image_path.as_os_str().is_empty() {
+            return Err(bad("kernel_image_path", "\"\"", "is empty"));
+        }
+        let args = boot.boot_args();
+        if let Some(c) = args.chars().find(|c| !(' '..='~').contains(c)) {
+            let problem = "is not allowed, only printable ASCII is";
+            return Err(bad("boot_args", format!("character {c:?}"), problem));
+        }
+        if args.len() > CMDLINE_LEN_MAX {
+            let problem = format!("characters are more than {CMDLINE_LEN_MAX}");
+            return Err(bad("boot_args", args.len(), problem));
+        }
+        Ok(())
+    }
+
+    fn check_drives(&self) -> Result<(), ConfigError> {
+        let mut ids = std::collections::BTreeSet::new();
+        let mut root: Option<&str> = None;
+        for drive in &self.drives {
+            let id = drive.drive_id.as_str();
+            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+            if !(1..=64).contains(&id.len()) || !id.bytes().all(allowed) {
+                let problem = "must be 1 to 64 characters of A-Z a-z 0-9 _";
+                return Err(bad("drive_id", format!("{id:?}"), problem));
+            }
+            if !ids.insert(id) {
+                return Err(bad("drive_id", format!("{id:?}"), "is used twice"));
+            }
+            if drive.is_root_device && root.replace(id).is_some() {
+                return Err(bad(
+                    "is_root_device",
+                    format!("drive {id:?}"),
+                    "is a second root",
+                ));
+            }
+            if let Some(uuid) = &drive.partuuid
+                && !uuid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
+            {
+                return Err(bad(
+                    "partuuid",
+                    format!("{uuid:?}"),
+                    "is not hexadecimal and dashes",
+                ));
+            }
+            supported("rate_limiter", drive.rate_limiter.is_absent())?;
+            supported("socket", drive.socket.is_absent())?;
+            supported("io_engine \"Async\"", drive.io_engine == IoEngine::Sync)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> VmConfig {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn fault(json: &str) -> String {
+        parse(json).validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_firecracker_config_file_is_taken_as_it_is() {
+        let config = parse(
+            r#"{
+              "boot-source": {"kernel_image_path": "vmlinux.bin", "boot_args": "console=ttyS0"},
+              "drives": [{"drive_id": "rootfs", "path_on_host": "rootfs.ext4",
+                "is_root_device": true, "is_read_only": false, "partuuid": null,
+                "cache_type": "Unsafe", "io_engine": "Sync", "rate_limiter": null, "socket": null}],
+              "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false,
+                "track_dirty_pages": false, "huge_pages": "None", "cpu_template": null},
+              "cpu-config": null, "balloon": null, "network-interfaces": [], "vsock": null,
+              "logger": null, "metrics": null, "mmds-config": null, "entropy": null,
+              "pmem": [], "memory-hotplug": null
+            }"#,
+        );
+        config.validate().unwrap();
+        assert_eq!(config.mem_size_bytes(), 1 << 30);
+        assert!(config.samepage.merge);
+    }
+
+    #[test]
+    fn what_is_absent_gets_firecrackers_defaults() {
+        let config = parse(r#"{"boot-source": {"kernel_image_path": "k"}}"#);
+        config.validate().unwrap();
+        assert_eq!(config, VmConfig::new("k"));
+        assert_eq!(
+            config.boot_source.boot_args(),
+            super::super::DEFAULT_BOOT_ARGS
+        );
+        assert_eq!(
+            (config.machine_config.vcpu_count, config.mem_size_bytes()),
+            (1, 128 << 20)
+        );
+    }
+
+    #[test]
+    fn a_config_survives_being_written_and_read() {
+        let mut config = VmConfig::new("k");
+        config.samepage.merge_domain = Some("ci".parse().unwrap());
+        let json = serde_json::to_string(&config).unwrap();
+        assert!(!json.contains("vsock"), "{json}");
+        assert_eq!(parse(&json), config);
+    }
+
+    #[test]
+    fn unsupported_keys_are_refused_by_name_when_they_ask_for_something() {
+        let with = |key: &str, value: &str| {
+            format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, "{key}": {value}}}"#)
+        };
+        assert_eq!(
+            fault(&with("vsock", r#"{"guest_cid": 3}"#)),
+            "vsock: not supported yet"
+        );
+        assert_eq!(
+            fault(&with("cpu-config", r#""cpu.json""#)),
+            "cpu-config: not supported yet"
+        );
+        let nets = fault(&with("network-interfaces", r#"[{"iface_id": "eth0"}]"#));
+        assert_eq!(nets, "network-interfaces: not supported yet");
+        for empty in ["null", "[]", "{}"] {
+            parse(&with("network-interfaces", empty))
+                .validate()
+                .unwrap();
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        for json in [
+            r#"{"boot-source": {"kernel_image_path": "k"}, "extra": 1}"#,
+            r#"{"boot-source": {"kernel_image_path": "k", "extra": 1}}"#,
+            r#"{"boot-source": {"kernel_image_path": "k"}, "samepage": {"extra": 1}}"#,
+        ] {
+            let error = serde_json::from_str::<VmConfig>(json)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("extra"), "{error}");
+        }
+    }
+
+    #[test]
+    fn bad_machine_values_are_named_with_their_value() {
+        let with = |machine: &str| {
+            format!(
+                r#"{{"boot-source": {{"kernel_image_path": "k"}}, "machine-config": {machine}}}"#
+            )
+        };
+        let machine = |vcpus, mib, more| {
+            with(&format!(
+                r#"{{"vcpu_count": {vcpus}, "mem_size_mib": {mib}{more}}}"#
+            ))
+        };
+        assert_eq!(fault(&machine(0, 128, "")), "vcpu_count: 0 is not 1 to 32");
+        assert_eq!(
+            fault(&machine(33, 128, "")),
+            "vcpu_count: 33 is not 1 to 32"
+        );
+        assert_eq!(
+            fault(&machine(1, 0, "")),
+            "mem_size_mib: 0 is not 1 to 1048576"
+        );
+        assert!(fault(&machine(3, 128, r#", "smt": true"#)).starts_with("vcpu_count: 3 is odd"));
+        assert!(fault(&machine(1, 128, r#", "huge_pages": "2M""#)).starts_with("huge_pages"));
+        assert!(fault(&machine(1, 128, r#", "cpu_template": "T2""#)).contains("\"T2\""));
+    }
+
+    #[test]
+    fn bad_drives_and_boot_args_are_named() {
+        let mut config = VmConfig::new("k");
+        config.boot_source.boot_args = Some("console=ttyS0\n".to_owned());
+        assert!(
+            config
+                .validate()
+                .unwrap_err()
+                .to_string()
+                .starts_with("boot_args: character")
+        );
+        let drive = r#"{"drive_id": "a", "path_on_host": "f", "is_root_device": true}"#;
+        let two = format!(
+            r#"{{"boot-source": {{"kernel_image_path": "k"}}, "drives": [{drive}, {drive}]}}"#
+        );
+        assert_eq!(fault(&two), "drive_id: \"a\" is used twice");
+        let other = drive.replace("\"a\"", "\"b\"");
+        let two = format!(
+            r#"{{"boot-source": {{"kernel_image_path": "k"}}, "drives": [{drive}, {other}]}}"#
+        );
+        assert_eq!(fault(&two), "is_root_device: drive \"b\" is a second root");
+    }
+}

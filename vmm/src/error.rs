@@ -1,0 +1,114 @@
+//! Errors of the monitor's API, and the four kinds a front door needs to tell apart.
+
+use crate::config::ConfigError;
+use crate::id::VmId;
+use crate::start::StartError;
+use crate::state::{IllegalStep, VmState};
+
+/// What went wrong with a request to a [`Monitor`](crate::Monitor).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MonitorError {
+    /// No VM has this id.
+    #[error("vm {0}: not found")]
+    NotFound(VmId),
+    /// A VM has this id already.
+    #[error("vm {0}: there is a vm of this id already")]
+    DuplicateId(VmId),
+    /// Start of a VM that was started before.
+    #[error("vm {id}: already started, it is {state}")]
+    AlreadyStarted {
+        /// The VM.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+    },
+    /// Deletion of a VM that still runs.
+    #[error("vm {0}: still running, stop it first")]
+    StillRunning(VmId),
+    /// The VM is not in a state that allows this.
+    #[error("vm {id}: {step}")]
+    IllegalStep {
+        /// The VM.
+        id: VmId,
+        /// What was asked, and the state that forbids it.
+        #[source]
+        step: IllegalStep,
+    },
+    /// The VM is on its way out: nothing but waiting for its end makes sense.
+    #[error("vm {0}: is ending")]
+    Ending(VmId),
+    /// A configuration value makes no sense.
+    #[error("vm {id}: {error}")]
+    Config {
+        /// The VM.
+        id: VmId,
+        /// The value.
+        #[source]
+        error: ConfigError,
+    },
+    /// The VM names another merge domain than the monitor's.
+    #[error("vm {id}: merge_domain {wanted:?} is not this monitor's domain {domain:?}")]
+    WrongDomain {
+        /// The VM.
+        id: VmId,
+        /// The domain it names.
+        wanted: String,
+        /// The domain of the monitor.
+        domain: String,
+    },
+    /// The VM could not be created or started.
+    #[error("vm {id}: {error}")]
+    Start {
+        /// The VM.
+        id: VmId,
+        /// Why.
+        #[source]
+        error: StartError,
+    },
+    /// This VM has no keyboard controller that could deliver the keys.
+    #[error("vm {0}: ctrl-alt-del needs a guest that listens to its keyboard controller")]
+    NoKeyboard(VmId),
+    /// The host refused something the monitor itself needs.
+    #[error("{what}: {error}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// The host's answer.
+        #[source]
+        error: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Whose fault an error is. A front door maps it to a status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// No such VM.
+    NotFound,
+    /// The VM is not in a state that allows this.
+    Conflict,
+    /// The request can never work as it is.
+    InvalidInput,
+    /// The host or the monitor failed.
+    Internal,
+}
+
+impl MonitorError {
+    /// Whose fault it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            MonitorError::NotFound(_) => ErrorKind::NotFound,
+            MonitorError::DuplicateId(_)
+            | MonitorError::AlreadyStarted { .. }
+            | MonitorError::StillRunning(_)
+            | MonitorError::IllegalStep { .. }
+            | MonitorError::Ending(_)
+            | MonitorError::NoKeyboard(_) => ErrorKind::Conflict,
+            MonitorError::Config { .. } | MonitorError::WrongDomain { .. } => {
+                ErrorKind::InvalidInput
+            }
+            MonitorError::Start { error, .. } => error.kind(),
+            MonitorError::Host { .. } => ErrorKind::Internal,
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Guest memory: where it lies for the guest and how the monitor reaches it.
+
+use vm_memory::GuestMemoryMmap;
+use vm_memory::bitmap::AtomicBitmap;
+
+/// Guest memory as loaders and devices see it: bounds-checked, and every write of the monitor
+/// marks its page in a bitmap, so that the merge engine learns of it.
+///
+/// Clones share the mapping and do not own it: all of them must be gone before the VM's memory is
+/// given back.
+pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
