@@ -144,6 +144,11 @@ impl<S> PersistentHttp10<S> {
             relabeller: Relabeller::new(),
         }
     }
+
+    /// The connection itself, as it is after an upgrade.
+    pub fn into_inner(self) -> S {
+        self.stream
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for PersistentHttp10<S> {

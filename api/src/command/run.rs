@@ -146,11 +146,11 @@ async fn until_escape(mut keyboard: Keyboard, console: &Console) {
     while let Some(Key::Bytes(bytes)) = keyboard.next().await {
         let mut left = &bytes[..];
         while !left.is_empty() {
-            match console.write_input(left) {
-                // The guest has not read what came before.
-                Ok(0) => tokio::time::sleep(INPUT_RETRY).await,
-                Ok(taken) => left = &left[taken..],
-                Err(_) => break,
+            // Nothing is taken while the guest does not read, nor any more when it has ended.
+            let taken = console.write_input(left).unwrap_or(0);
+            left = &left[taken..];
+            if taken == 0 {
+                tokio::time::sleep(INPUT_RETRY).await;
             }
         }
     }
