@@ -1,0 +1,81 @@
+//! What the engine asks of memory, as a trait: the kernel behind it in production
+//! ([`linux`]), a model in tests ([`fake`]).
+
+#[expect(unsafe_code, reason = "the system calls that move pages")]
+pub(crate) mod linux;
+
+#[cfg(test)]
+pub(crate) mod fake;
+
+use std::io;
+
+use crate::page::{PageBuf, PageRange, PoolPage};
+
+/// What lies behind a page right now. Pages that no [`PageRange`] names are absent: never touched,
+/// dropped, or shared and not touched since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Residency {
+    /// A private page of the guest's own.
+    Private,
+    /// The kernel's zero page, after a read of an absent page.
+    ZeroPage,
+    /// A page of the pool, read and not written to since it was shared.
+    Pool,
+    /// Swapped out.
+    Swapped,
+}
+
+/// The memory of one region.
+///
+/// All methods may be called while guests read and write the region. Writers of a protected page
+/// wait; readers never do, so each change of what a page shows must be one step for them.
+pub(crate) trait Backing: Send + Sync + 'static {
+    /// Where stable pages live.
+    type Pool: Pool;
+
+    /// Number of pages of the region.
+    fn pages(&self) -> u32;
+
+    /// Appends what lies behind `range`, in ascending order, absent pages left out.
+    fn residency(
+        &self,
+        range: PageRange,
+        found: &mut Vec<(PageRange, Residency)>,
+    ) -> io::Result<()>;
+
+    /// Copies a page out. The guest may be writing to it.
+    fn read(&self, page: u32, into: &mut PageBuf);
+
+    /// Stops writers of `range` until [`Backing::release`], [`Backing::share`] or
+    /// [`Backing::drop_zeros`]. `remapped` tells that part of it was mapped anew since it was last
+    /// protected, so that it must be registered again.
+    fn protect(&self, range: PageRange, remapped: bool) -> io::Result<()>;
+
+    /// Lets writers of `range` go on with the page they had.
+    fn release(&self, range: PageRange);
+
+    /// Maps the pool's pages from `first` on over `range`, then wakes its writers.
+    fn share(&self, pool: &Self::Pool, range: PageRange, first: PoolPage) -> io::Result<()>;
+
+    /// Gives back the pages of `range`, which hold zeros, then wakes its writers. `in_pool_vma`
+    /// tells that the range is mapped to the pool, where dropping would uncover a pool page.
+    fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()>;
+
+    /// Gives every page of `range` a private copy of what it shows, as a write by the guest would.
+    fn unshare(&self, range: PageRange) -> io::Result<()>;
+
+    /// Gives back every page of the region; the range stays reserved.
+    fn free_all(&self);
+}
+
+/// Where stable pages live.
+pub(crate) trait Pool: std::fmt::Debug + Send + Sync + 'static {
+    /// Copies a stable page out.
+    fn read(&self, page: PoolPage, into: &mut PageBuf);
+
+    /// Fills a page that nobody maps yet.
+    fn write(&self, page: PoolPage, content: &PageBuf) -> io::Result<()>;
+
+    /// Gives back `pages` pages from `first` on, which nobody maps as shared any more.
+    fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()>;
+}

@@ -1,0 +1,228 @@
+//! A model of memory for tests: the same trait, no kernel, and a look behind the pages.
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::{Backing, Pool, Residency};
+use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage};
+use crate::sync;
+
+/// A page's content, told by one word that fills it.
+pub(crate) type Content = u64;
+
+/// What lies behind a page of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FakePage {
+    Absent,
+    Private(Content),
+    /// Mapped to the pool, not written to.
+    Shared(PoolPage),
+}
+
+/// The pool of the model: content by pool page, `None` where nothing was written or all punched.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FakePool(pub(crate) Arc<Mutex<Vec<Option<Content>>>>);
+
+impl FakePool {
+    pub(crate) fn content(&self, page: PoolPage) -> Option<Content> {
+        sync::lock(&self.0).get(page.0 as usize).copied().flatten()
+    }
+
+    pub(crate) fn used_pages(&self) -> usize {
+        sync::lock(&self.0).iter().flatten().count()
+    }
+}
+
+impl Pool for FakePool {
+    fn read(&self, page: PoolPage, into: &mut PageBuf) {
+        *into = [self.content(page).unwrap_or(0); PAGE_WORDS];
+    }
+
+    fn write(&self, page: PoolPage, content: &PageBuf) -> io::Result<()> {
+        let mut pages = sync::lock(&self.0);
+        let index = page.0 as usize;
+        if pages.len() <= index {
+            pages.resize(index + 1, None);
+        }
+        assert_eq!(
+            pages[index], None,
+            "pool page {index} is written to while in use"
+        );
+        pages[index] = Some(content[0]);
+        Ok(())
+    }
+
+    fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
+        let mut all = sync::lock(&self.0);
+        for index in first.0..first.0 + pages {
+            if let Some(page) = all.get_mut(index as usize) {
+                *page = None;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A region of the model.
+#[derive(Clone, Debug)]
+pub(crate) struct FakeMemory {
+    pages: Arc<Mutex<Vec<FakePage>>>,
+    /// Protected and not released pages.
+    protected: Arc<Mutex<Vec<bool>>>,
+    pool: FakePool,
+    /// Calls of `share` and `unshare` that still succeed.
+    pub(crate) calls_left: Arc<AtomicU32>,
+    /// Writes that the guest makes just before a range is protected.
+    racing: Arc<Mutex<Vec<(u32, Content)>>>,
+}
+
+impl FakeMemory {
+    pub(crate) fn new(pages: u32, pool: &FakePool) -> FakeMemory {
+        FakeMemory {
+            pages: Arc::new(Mutex::new(vec![FakePage::Absent; pages as usize])),
+            protected: Arc::new(Mutex::new(vec![false; pages as usize])),
+            pool: pool.clone(),
+            calls_left: Arc::new(AtomicU32::new(u32::MAX)),
+            racing: Arc::default(),
+        }
+    }
+
+    /// A write by the guest.
+    pub(crate) fn write(&self, page: u32, content: Content) {
+        assert!(
+            !sync::lock(&self.protected)[page as usize],
+            "a writer would sleep for ever"
+        );
+        sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
+    }
+
+    /// Lets the guest write just before anything is protected next.
+    pub(crate) fn write_before_protection(&self, page: u32, content: Content) {
+        sync::lock(&self.racing).push((page, content));
+    }
+
+    /// Makes the writes that are still due.
+    pub(crate) fn finish_racing_writes(&self) {
+        let due = std::mem::take(&mut *sync::lock(&self.racing));
+        due.into_iter()
+            .for_each(|(page, content)| self.write(page, content));
+    }
+
+    /// What the guest reads.
+    pub(crate) fn content(&self, page: u32) -> Content {
+        match self.page(page) {
+            FakePage::Absent => 0,
+            FakePage::Private(content) => content,
+            FakePage::Shared(pool_page) => self
+                .pool
+                .content(pool_page)
+                .expect("a shared page's pool page holds its content"),
+        }
+    }
+
+    pub(crate) fn page(&self, page: u32) -> FakePage {
+        sync::lock(&self.pages)[page as usize]
+    }
+
+    pub(crate) fn is_unprotected(&self) -> bool {
+        !sync::lock(&self.protected).contains(&true)
+    }
+
+    fn set_protected(&self, range: PageRange, protected: bool) {
+        for page in range {
+            sync::lock(&self.protected)[page as usize] = protected;
+        }
+    }
+
+    fn call(&self) -> io::Result<()> {
+        let left = |left: u32| left.checked_sub(1);
+        match self
+            .calls_left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, left)
+        {
+            Ok(_) => Ok(()),
+            Err(_) => Err(io::Error::from(io::ErrorKind::OutOfMemory)),
+        }
+    }
+}
+
+impl Backing for FakeMemory {
+    type Pool = FakePool;
+
+    fn pages(&self) -> u32 {
+        u32::try_from(sync::lock(&self.pages).len()).expect("few pages")
+    }
+
+    fn residency(
+        &self,
+        range: PageRange,
+        found: &mut Vec<(PageRange, Residency)>,
+    ) -> io::Result<()> {
+        for page in range {
+            // A shared page shows up as absent or as the pool's, by whether it was touched.
+            match self.page(page) {
+                FakePage::Private(_) => found.push((page..page + 1, Residency::Private)),
+                FakePage::Shared(_) if page % 2 == 0 => {
+                    found.push((page..page + 1, Residency::Pool));
+                }
+                FakePage::Shared(_) | FakePage::Absent => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, page: u32, into: &mut PageBuf) {
+        *into = [self.content(page); PAGE_WORDS];
+    }
+
+    fn protect(&self, range: PageRange, _remapped: bool) -> io::Result<()> {
+        self.finish_racing_writes();
+        self.set_protected(range, true);
+        Ok(())
+    }
+
+    fn release(&self, range: PageRange) {
+        self.set_protected(range, false);
+    }
+
+    fn share(&self, _pool: &FakePool, range: PageRange, first: PoolPage) -> io::Result<()> {
+        self.call()?;
+        for page in range.clone() {
+            assert!(
+                sync::lock(&self.protected)[page as usize],
+                "swapped without protection"
+            );
+            let pool_page = first.plus(page - range.start);
+            assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
+            sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
+        }
+        self.set_protected(range, false);
+        Ok(())
+    }
+
+    fn drop_zeros(&self, range: PageRange, _in_pool_vma: bool) -> io::Result<()> {
+        self.call()?;
+        for page in range.clone() {
+            assert_eq!(self.content(page), 0, "page {page} is dropped and not zero");
+            sync::lock(&self.pages)[page as usize] = FakePage::Absent;
+        }
+        self.set_protected(range, false);
+        Ok(())
+    }
+
+    fn unshare(&self, range: PageRange) -> io::Result<()> {
+        for page in range {
+            self.call()?;
+            let content = self.content(page);
+            sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
+        }
+        Ok(())
+    }
+
+    fn free_all(&self) {
+        for page in sync::lock(&self.pages).iter_mut() {
+            *page = FakePage::Absent;
+        }
+    }
+}

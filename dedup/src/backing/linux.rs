@@ -1,0 +1,21 @@
+//! The kernel behind the engine: reserved ranges, a memfd as pool, userfaultfd write protection.
+
+mod memory;
+mod pagemap;
+mod pool;
+mod userfaultfd;
+
+pub(crate) use memory::LinuxMemory;
+pub(crate) use pool::LinuxPool;
+pub(crate) use userfaultfd::Userfaultfd;
+
+use std::io;
+
+/// Turns a system call's `-1` into the error it left.
+fn check(returned: libc::c_int) -> io::Result<()> {
+    if returned < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}

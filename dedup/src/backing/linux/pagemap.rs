@@ -1,0 +1,114 @@
+//! What lies behind pages, asked of the kernel by `PAGEMAP_SCAN` (`fs/proc/task_mmu.c`, Linux 6.7).
+//!
+//! The older `/proc/PID/pagemap` read gives 8 bytes for each page and cannot tell the zero page
+//! from a private one without a privilege; this one returns ranges, and both facts.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use linux_raw_sys::general::{
+    PAGE_IS_FILE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, page_region, pm_scan_arg,
+};
+
+use crate::backing::Residency;
+use crate::mapping::Mapping;
+use crate::page::{PAGE_SIZE_BYTES, PageRange};
+
+/// `_IOWR('f', 16, struct pm_scan_arg)` of `include/uapi/linux/fs.h`.
+const PAGEMAP_SCAN: libc::c_ulong =
+    3 << 30 | (size_of::<pm_scan_arg>() as libc::c_ulong) << 16 | (b'f' as libc::c_ulong) << 8 | 16;
+
+/// Ranges fetched by one call.
+const REGIONS_PER_CALL: usize = 128;
+
+/// This process's `/proc/self/pagemap`.
+#[derive(Debug)]
+pub(crate) struct Pagemap(File);
+
+impl Pagemap {
+    pub(crate) fn open() -> io::Result<Pagemap> {
+        Ok(Pagemap(File::open("/proc/self/pagemap")?))
+    }
+
+    /// Appends what lies behind `range` of `mapping`.
+    pub(crate) fn scan(
+        &self,
+        mapping: &Mapping,
+        range: PageRange,
+        found: &mut Vec<(PageRange, Residency)>,
+    ) -> io::Result<()> {
+        let base = mapping.address(0).addr() as u64;
+        let page_of = |address: u64| {
+            u32::try_from((address - base) / PAGE_SIZE_BYTES as u64).unwrap_or(u32::MAX)
+        };
+        let end = mapping.address(range.end).addr() as u64;
+        let mut start = mapping.address(range.start).addr() as u64;
+        while start < end {
+            let mut regions = [page_region {
+                start: 0,
+                end: 0,
+                categories: 0,
+            }; REGIONS_PER_CALL];
+            let (filled, walk_end) = self.scan_once(start, end, &mut regions)?;
+            for region in &regions[..filled] {
+                if let Some(residency) = residency(region.categories) {
+                    found.push((page_of(region.start)..page_of(region.end), residency));
+                }
+            }
+            if walk_end <= start {
+                return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+            }
+            start = walk_end;
+        }
+        Ok(())
+    }
+
+    fn scan_once(
+        &self,
+        start: u64,
+        end: u64,
+        regions: &mut [page_region],
+    ) -> io::Result<(usize, u64)> {
+        let mut request = pm_scan_arg {
+            size: size_of::<pm_scan_arg>() as u64,
+            flags: 0,
+            start,
+            end,
+            walk_end: 0,
+            vec: regions.as_mut_ptr().addr() as u64,
+            vec_len: regions.len() as u64,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: 0,
+            category_anyof_mask: u64::from(PAGE_IS_PRESENT | PAGE_IS_SWAPPED),
+            return_mask: u64::from(
+                PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            ),
+        };
+        // SAFETY:
+        // - `request` is the struct that this request takes, valid for the call.
+        // - `vec` and `vec_len` name `regions`, which is exclusively borrowed for the call.
+        let filled = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut request) };
+        super::check(filled)?;
+        Ok((
+            usize::try_from(filled).unwrap_or(0).min(regions.len()),
+            request.walk_end,
+        ))
+    }
+}
+
+fn residency(categories: u64) -> Option<Residency> {
+    let has = |category: u32| categories & u64::from(category) != 0;
+    if has(PAGE_IS_SWAPPED) {
+        Some(Residency::Swapped)
+    } else if !has(PAGE_IS_PRESENT) {
+        None
+    } else if has(PAGE_IS_PFNZERO) {
+        Some(Residency::ZeroPage)
+    } else if has(PAGE_IS_FILE) {
+        Some(Residency::Pool)
+    } else {
+        Some(Residency::Private)
+    }
+}

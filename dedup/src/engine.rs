@@ -1,0 +1,191 @@
+//! The engine as its users see it: one merge domain's memory, and the handles of its regions.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use thiserror::Error;
+
+use crate::backing::linux::{LinuxMemory, LinuxPool, Userfaultfd};
+use crate::control::{Control, Pace, Run};
+use crate::mapping::Mapping;
+use crate::region::{Region, RegionId};
+use crate::scanner::Scanner;
+use crate::shared::{ExitPath, Shared};
+use crate::stats::{RegionStats, Stats};
+use crate::sync;
+use crate::worker::Worker;
+
+/// VMAs that a process may have where the kernel does not say (`DEFAULT_MAX_MAP_COUNT`).
+const MAX_MAP_COUNT_DEFAULT: u32 = 65530;
+
+/// How an engine starts out.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Whether it merges.
+    pub run: Run,
+    /// How fast.
+    pub pace: Pace,
+    /// VMAs that all regions together may take; `None` for seven eighths of `vm.max_map_count`.
+    pub vma_budget: Option<u32>,
+}
+
+/// Why the engine could not do what it was asked.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The kernel lacks userfaultfd write protection, or denies it.
+    #[error(
+        "userfaultfd with write protection is not available (Linux 5.19 and access to /dev/userfaultfd are needed): {0}"
+    )]
+    Userfaultfd(io::Error),
+    /// No pool.
+    #[error("cannot create the pool of stable pages: {0}")]
+    Pool(io::Error),
+    /// No worker.
+    #[error("cannot start the dedup worker thread: {0}")]
+    Worker(io::Error),
+    /// A region was not taken on.
+    #[error("cannot register memory for merging: {0}")]
+    Register(io::Error),
+    /// Private copies could not be had; `run` is `stop` now, what is merged is accounted for.
+    #[error("cannot unmerge, run is now stop: {0}")]
+    Unmerge(io::Error),
+}
+
+/// One merge domain's engine. Dropping it ends the worker; regions that are still registered
+/// keep their memory as it is until their handles go.
+#[derive(Debug)]
+pub struct Engine {
+    // Before `shared`, so that the thread has ended when the last of the memory goes.
+    _worker: Worker<LinuxMemory>,
+    shared: Arc<Shared<LinuxMemory>>,
+    userfaultfd: Arc<Userfaultfd>,
+}
+
+impl Engine {
+    /// Starts an engine and its worker.
+    ///
+    /// # Errors
+    /// [`EngineError`] when the kernel lacks what it needs.
+    pub fn new(settings: &Settings) -> Result<Engine, EngineError> {
+        let userfaultfd = Arc::new(Userfaultfd::open().map_err(EngineError::Userfaultfd)?);
+        let pool = LinuxPool::new().map_err(EngineError::Pool)?;
+        let vma_budget = settings.vma_budget.unwrap_or_else(default_vma_budget);
+        let control = Control::new(settings.run, settings.pace);
+        let shared = Arc::new(Shared::new(Scanner::new(pool, vma_budget), control));
+        let worker = Worker::spawn(&shared).map_err(EngineError::Worker)?;
+        Ok(Engine {
+            _worker: worker,
+            shared,
+            userfaultfd,
+        })
+    }
+
+    /// Takes memory on for merging. It may be in use already.
+    ///
+    /// # Errors
+    /// [`EngineError::Register`] when the kernel refuses to watch the range; the mapping is gone then.
+    pub fn register(&self, mapping: Mapping) -> Result<RegionHandle, EngineError> {
+        let memory = LinuxMemory::new(mapping, Arc::clone(&self.userfaultfd))
+            .map_err(EngineError::Register)?;
+        let region = self.shared.register(memory);
+        Ok(RegionHandle {
+            shared: Arc::clone(&self.shared),
+            region,
+        })
+    }
+
+    /// Starts or stops merging, or stops and unmerges everything. Setting what is set already
+    /// does nothing. `Unmerge` returns when no page is merged any more.
+    ///
+    /// # Errors
+    /// [`EngineError::Unmerge`] when private copies can't be had; `run` is `Stop` then.
+    pub fn set_run(&self, run: Run) -> Result<(), EngineError> {
+        {
+            let mut control = sync::lock(&self.shared.control);
+            if control.run == run {
+                return Ok(());
+            }
+            control.run = run;
+        }
+        self.shared.kick();
+        if run != Run::Unmerge {
+            return Ok(());
+        }
+        self.shared.unmerge_all().map_err(|error| {
+            sync::lock(&self.shared.control).run = Run::Stop;
+            EngineError::Unmerge(error)
+        })
+    }
+
+    /// Whether the engine merges.
+    pub fn run(&self) -> Run {
+        sync::lock(&self.shared.control).run
+    }
+
+    /// How fast the worker scans.
+    pub fn pace(&self) -> Pace {
+        sync::lock(&self.shared.control).pace
+    }
+
+    /// Changes how fast the worker scans, from the next batch on.
+    pub fn set_pace(&self, pace: Pace) {
+        sync::lock(&self.shared.control).pace = pace;
+        self.shared.kick();
+    }
+
+    /// Counters of the domain as of the last batch.
+    pub fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    /// Waits until all memory was scanned `more` times from its beginning. The worker does not
+    /// pause while somebody waits. False if the deadline came first, or the engine does not merge.
+    pub fn wait_full_scans(&self, more: u64, deadline: Instant) -> bool {
+        self.shared.wait_full_scans(more, deadline)
+    }
+}
+
+/// A registered region, held by the VM whose memory it is.
+#[derive(Debug)]
+pub struct RegionHandle {
+    shared: Arc<Shared<LinuxMemory>>,
+    region: Arc<Region<LinuxMemory>>,
+}
+
+impl RegionHandle {
+    /// The region's name.
+    pub fn id(&self) -> RegionId {
+        self.region.id()
+    }
+
+    /// The region's memory.
+    pub fn mapping(&self) -> &Mapping {
+        self.region.backing().mapping()
+    }
+
+    /// Counters of the region as of its last visit.
+    pub fn stats(&self) -> RegionStats {
+        *sync::lock(&self.region.stats)
+    }
+
+    /// Gives the region's memory back and takes it off the engine. vCPUs and devices of the VM
+    /// have stopped, and nobody else uses the mapping. Waits for one batch at most.
+    pub fn exit(self) -> ExitPath {
+        self.shared.exit(&self.region)
+    }
+}
+
+impl Drop for RegionHandle {
+    fn drop(&mut self) {
+        self.shared.exit(&self.region);
+    }
+}
+
+fn default_vma_budget() -> u32 {
+    let max_map_count = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()
+        .and_then(|text| text.trim().parse::<u32>().ok())
+        .unwrap_or(MAX_MAP_COUNT_DEFAULT);
+    max_map_count - max_map_count / 8
+}

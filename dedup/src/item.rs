@@ -1,0 +1,127 @@
+//! What the engine remembers of one guest page, in 8 bytes (KSM's `rmap_item` takes 64).
+
+use crate::page::PoolPage;
+
+const TAG_SHIFT: u32 = 61;
+const VMA_START: u64 = 1 << 60;
+const POOL_VMA: u64 = 1 << 59;
+const POOL_SHIFT: u32 = 32;
+const POOL_MASK: u64 = (1 << 27) - 1;
+const CHECKSUM_MASK: u64 = 0xffff_ffff;
+
+/// Pages that the pool may hold at most: what an item's 27 bits can name (512 GiB).
+pub(crate) const POOL_PAGES_MAX: u32 = 1 << 27;
+
+/// What is known of a page since its last visit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageState {
+    /// Never visited, or absent at the last visit: no item in KSM's terms.
+    Untracked,
+    /// Its content differed from the visit before, or it was seen once only (`pages_volatile`).
+    Volatile {
+        /// Of the content at the last visit.
+        checksum: u32,
+    },
+    /// Calm, and nothing equal was found in the current pass (`pages_unshared`).
+    Unshared {
+        /// Of the content at the last visit.
+        checksum: u32,
+    },
+    /// The engine dropped it because it held only zeros (`pages_zero`).
+    Zero,
+    /// Mapped to a stable page.
+    Stable(PoolPage),
+}
+
+/// A page's packed item. The bits beside the state describe the mapping under the page, which
+/// outlives the state: a page that its guest wrote to is private again, yet still lies in a VMA of
+/// the pool, where `MADV_DONTNEED` would bring back whatever that pool page holds by then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Item(u64);
+
+impl Item {
+    pub(crate) fn state(self) -> PageState {
+        let (pool, checksum) = (
+            ((self.0 >> POOL_SHIFT) & POOL_MASK) as u32,
+            (self.0 & CHECKSUM_MASK) as u32,
+        );
+        match self.0 >> TAG_SHIFT {
+            0 => PageState::Untracked,
+            1 => PageState::Volatile { checksum },
+            2 => PageState::Unshared { checksum },
+            3 => PageState::Zero,
+            _ => PageState::Stable(PoolPage(pool)),
+        }
+    }
+
+    pub(crate) fn with_state(self, state: PageState) -> Item {
+        let (tag, pool, checksum) = match state {
+            PageState::Untracked => (0, 0, 0),
+            PageState::Volatile { checksum } => (1, 0, checksum),
+            PageState::Unshared { checksum } => (2, 0, checksum),
+            PageState::Zero => (3, 0, 0),
+            PageState::Stable(page) => (4u64, page.0, 0),
+        };
+        let mapping = self.0 & (VMA_START | POOL_VMA);
+        Item(mapping | tag << TAG_SHIFT | u64::from(pool) << POOL_SHIFT | u64::from(checksum))
+    }
+
+    /// Whether the page lies in a mapping of the pool.
+    pub(crate) fn in_pool_vma(self) -> bool {
+        self.0 & POOL_VMA != 0
+    }
+
+    pub(crate) fn with_pool_vma(self, in_pool: bool) -> Item {
+        Item(if in_pool {
+            self.0 | POOL_VMA
+        } else {
+            self.0 & !POOL_VMA
+        })
+    }
+
+    /// Whether a VMA is taken to begin at this page.
+    pub(crate) fn starts_vma(self) -> bool {
+        self.0 & VMA_START != 0
+    }
+
+    pub(crate) fn with_vma_start(self, starts: bool) -> Item {
+        Item(if starts {
+            self.0 | VMA_START
+        } else {
+            self.0 & !VMA_START
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn state() -> impl Strategy<Value = PageState> {
+        prop_oneof![
+            Just(PageState::Untracked),
+            any::<u32>().prop_map(|checksum| PageState::Volatile { checksum }),
+            any::<u32>().prop_map(|checksum| PageState::Unshared { checksum }),
+            Just(PageState::Zero),
+            (0..POOL_PAGES_MAX).prop_map(|page| PageState::Stable(PoolPage(page))),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_packed_comes_back(first in state(), second in state(), pool: bool, start: bool) {
+            let item = Item::default().with_state(first).with_pool_vma(pool).with_vma_start(start);
+            prop_assert_eq!(item.state(), first);
+            let item = item.with_state(second);
+            prop_assert_eq!(item.state(), second);
+            prop_assert_eq!(item.in_pool_vma(), pool);
+            prop_assert_eq!(item.starts_vma(), start);
+        }
+    }
+
+    #[test]
+    fn an_item_is_eight_bytes() {
+        assert_eq!(size_of::<Item>(), 8);
+    }
+}

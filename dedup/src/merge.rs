@@ -1,0 +1,257 @@
+//! The merge itself: protect, compare again, swap, wake.
+//!
+//! What a visit planned is stale by now: guests ran on. So each run is protected first, compared
+//! byte by byte, and only then swapped; what changed is let go. Pausing the vCPUs for a merge was
+//! rejected: it stops every writer of the VM for the sake of a few pages.
+
+use std::io;
+
+use crate::backing::{Backing, Pool};
+use crate::fingerprint::is_zero;
+use crate::item::PageState;
+use crate::page::{PAGE_WORDS, PageRange, PoolPage, range_pages, runs};
+use crate::protected::Protected;
+use crate::region::{Entered, RegionId};
+use crate::scanner::Scanner;
+use crate::visit::{Pair, Plan};
+
+/// Longest run that is protected at once. A writer may wait for the whole of it: 256 pages take
+/// about 150 us to compare and map.
+const RUN_PAGES_MAX: usize = 256;
+
+/// A run of pairs under protection on both sides.
+struct Founding<'a, B: Backing> {
+    own: Protected<'a, B>,
+    partner: Protected<'a, B>,
+    id: RegionId,
+    partner_id: RegionId,
+}
+
+impl<B: Backing> Scanner<B> {
+    /// Tries what was planned: zeros, then new stable pages, then existing ones.
+    pub(crate) fn merge(&mut self, inside: &Entered<'_, B>, plan: &mut Plan) {
+        let id = inside.region.id();
+        for run in runs(&plan.zeros, RUN_PAGES_MAX, |a, b| a + 1 == *b) {
+            let done = self.merge_zeros(inside, run[0]..run[0] + run_len(run));
+            report("drop zero pages", id, done);
+        }
+        for run in runs(&plan.pairs, RUN_PAGES_MAX, pair_continues) {
+            let done = self.merge_pairs(inside, run);
+            report("found stable pages", id, done);
+        }
+        for (page, fingerprint) in plan.deferred.drain(..) {
+            match self.stable.find(fingerprint) {
+                Some(pool_page) => plan.stable.push((page, pool_page)),
+                None => self.keep_candidate(id, page, fingerprint),
+            }
+        }
+        plan.stable.sort_unstable();
+        let continues =
+            |a: &(u32, PoolPage), b: &(u32, PoolPage)| a.0 + 1 == b.0 && a.1.plus(1) == b.1;
+        for run in runs(&plan.stable, RUN_PAGES_MAX, continues) {
+            let done = self.merge_stable(inside, run[0].0..run[0].0 + run_len(run), run[0].1);
+            report("share stable pages", id, done);
+        }
+    }
+
+    fn merge_zeros(&mut self, inside: &Entered<'_, B>, range: PageRange) -> io::Result<()> {
+        if inside.is_exiting() {
+            return Ok(());
+        }
+        let id = inside.region.id();
+        let remapped = self.items(id).any_in_pool_vma(&range);
+        let mut protected = Protected::new(inside.backing(), range.clone(), remapped)?;
+        let still_zero: Vec<u32> = range
+            .filter(|&page| {
+                let mut content = [0; PAGE_WORDS];
+                inside.backing().read(page, &mut content);
+                is_zero(&content)
+            })
+            .collect();
+        let in_pool: Vec<bool> = still_zero
+            .iter()
+            .map(|&page| self.items(id).in_pool_vma(page))
+            .collect();
+        let zeros: Vec<(u32, bool)> = still_zero.into_iter().zip(in_pool).collect();
+        for run in runs(&zeros, usize::MAX, |a, b| a.0 + 1 == b.0 && a.1 == b.1) {
+            let (first, in_pool_vma) = run[0];
+            let part = first..first + run_len(run);
+            if in_pool_vma {
+                let added = self.items(id).vmas_added_by_remap(&part);
+                if !self.takes_vmas(added, range_pages(&part)) {
+                    continue;
+                }
+            }
+            protected.drop_zeros(&part, in_pool_vma)?;
+            if in_pool_vma {
+                self.remap(id, &part, false);
+            }
+            self.changes += u64::from(range_pages(&part));
+            for page in part {
+                self.items(id).set_state(page, PageState::Zero);
+            }
+        }
+        Ok(())
+    }
+
+    fn merge_stable(
+        &mut self,
+        inside: &Entered<'_, B>,
+        range: PageRange,
+        first: PoolPage,
+    ) -> io::Result<()> {
+        if inside.is_exiting() {
+            return Ok(());
+        }
+        let remapped = self.items(inside.region.id()).any_in_pool_vma(&range);
+        let mut protected = Protected::new(inside.backing(), range.clone(), remapped)?;
+        let equal: Vec<u32> = range
+            .clone()
+            .filter(|&page| {
+                let pool_page = first.plus(page - range.start);
+                let (mut own, mut stable) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
+                inside.backing().read(page, &mut own);
+                self.pool.read(pool_page, &mut stable);
+                // Its last sharer may have left it since the window's visit.
+                self.stable.sharers_of(pool_page) > 0 && own == stable
+            })
+            .collect();
+        for run in runs(&equal, usize::MAX, |a, b| a + 1 == *b) {
+            let part = run[0]..run[0] + run_len(run);
+            let pool_page = first.plus(part.start - range.start);
+            self.share(&mut protected, inside.region.id(), &part, pool_page)?;
+        }
+        Ok(())
+    }
+
+    fn merge_pairs(&mut self, inside: &Entered<'_, B>, run: &[Pair]) -> io::Result<()> {
+        let id = inside.region.id();
+        let partner_id = run[0].partner;
+        // Another region's lock is taken in its turn; the region in hand is entered already, and
+        // a second read lock on it would deadlock with an exit that waits in between.
+        let partner_region = if partner_id == id {
+            None
+        } else {
+            self.region(partner_id)
+        };
+        let entered = partner_region.as_ref().and_then(|region| region.enter());
+        let partner = if partner_id == id {
+            Some(inside)
+        } else {
+            entered.as_ref()
+        };
+        let Some(partner) = partner else {
+            for pair in run {
+                self.keep_candidate(id, pair.page, pair.fingerprint);
+            }
+            return Ok(());
+        };
+        if inside.is_exiting() {
+            return Ok(());
+        }
+        let own_range = run[0].page..run[0].page + run_len(run);
+        let partner_range = run[0].partner_page..run[0].partner_page + run_len(run);
+        let remapped = self.items(id).any_in_pool_vma(&own_range);
+        let partner_remapped = self.items(partner_id).any_in_pool_vma(&partner_range);
+        let mut founding = Founding {
+            own: Protected::new(inside.backing(), own_range, remapped)?,
+            partner: Protected::new(partner.backing(), partner_range, partner_remapped)?,
+            id,
+            partner_id,
+        };
+        let mut equal = Vec::new();
+        for pair in run {
+            let (mut own, mut other) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
+            inside.backing().read(pair.page, &mut own);
+            partner.backing().read(pair.partner_page, &mut other);
+            let partner_state = self.items(partner_id).state(pair.partner_page);
+            if own == other && matches!(partner_state, PageState::Unshared { .. }) {
+                equal.push(*pair);
+            } else {
+                self.keep_candidate(id, pair.page, pair.fingerprint);
+            }
+        }
+        for part in runs(&equal, usize::MAX, pair_continues) {
+            let mut rest = part;
+            while !rest.is_empty() {
+                let Some((first, pages)) = self.stable.take_run(run_len(rest)) else {
+                    return Ok(());
+                };
+                let (now, later) = rest.split_at(pages as usize);
+                self.found(inside, &mut founding, now, first)?;
+                rest = later;
+            }
+        }
+        if let Some(region) = partner_region.as_deref() {
+            self.publish_region(region);
+        }
+        Ok(())
+    }
+
+    /// Fills pool pages from `first` on with the run's content and maps both sides to them.
+    fn found(
+        &mut self,
+        inside: &Entered<'_, B>,
+        founding: &mut Founding<'_, B>,
+        run: &[Pair],
+        first: PoolPage,
+    ) -> io::Result<()> {
+        let pool_pages = || (first.0..first.0 + run_len(run)).map(PoolPage);
+        let mut content = [0; PAGE_WORDS];
+        for (pair, pool_page) in run.iter().zip(pool_pages()) {
+            inside.backing().read(pair.page, &mut content);
+            if let Err(error) = self.pool.write(pool_page, &content) {
+                pool_pages().for_each(|page| self.stable.abandon(page));
+                return Err(error);
+            }
+        }
+        for (pair, pool_page) in run.iter().zip(pool_pages()) {
+            self.stable.insert(pool_page, pair.fingerprint);
+        }
+        let own = run[0].page..run[0].page + run_len(run);
+        let partner = run[0].partner_page..run[0].partner_page + run_len(run);
+        let shared = self
+            .share(&mut founding.partner, founding.partner_id, &partner, first)
+            .and_then(|()| self.share(&mut founding.own, founding.id, &own, first));
+        pool_pages().for_each(|page| self.stable.drop_if_unused(page));
+        shared
+    }
+
+    /// Maps a compared part of a protected range to stable pages, within the VMA budget.
+    fn share(
+        &mut self,
+        protected: &mut Protected<'_, B>,
+        id: RegionId,
+        part: &PageRange,
+        first: PoolPage,
+    ) -> io::Result<()> {
+        let added = self.items(id).vmas_added_by_remap(part);
+        if !self.takes_vmas(added, range_pages(part)) {
+            return Ok(());
+        }
+        protected.share(&self.pool, part, first)?;
+        self.remap(id, part, true);
+        for page in part.clone() {
+            let pool_page = first.plus(page - part.start);
+            self.items(id).set_state(page, PageState::Stable(pool_page));
+            self.stable.add_sharer(pool_page);
+        }
+        self.changes += u64::from(range_pages(part));
+        Ok(())
+    }
+}
+
+fn pair_continues(a: &Pair, b: &Pair) -> bool {
+    a.page + 1 == b.page && a.partner == b.partner && a.partner_page + 1 == b.partner_page
+}
+
+fn run_len<T>(run: &[T]) -> u32 {
+    u32::try_from(run.len()).unwrap_or(u32::MAX)
+}
+
+/// A merge that failed costs its saving and nothing else; the pages are tried again next pass.
+fn report(what: &str, id: RegionId, done: io::Result<()>) {
+    if let Err(error) = done {
+        log::warn!("cannot {what} in region {}: {error}", id.0);
+    }
+}

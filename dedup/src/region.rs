@@ -1,0 +1,87 @@
+//! A region: memory that is registered for merging, its lock, and its `exiting` flag.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, RwLock, RwLockReadGuard};
+
+use crate::backing::Backing;
+use crate::stats::RegionStats;
+use crate::sync;
+
+/// Names a region for the life of its engine; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RegionId(pub u64);
+
+/// Registered memory. The kernel's `mm_struct` in the terms of the 2009 patch: the flag stands for
+/// `mm_users == 0`, the lock for `mmap_sem`, the `Arc` around it for `mm_count`.
+#[derive(Debug)]
+pub(crate) struct Region<B> {
+    id: RegionId,
+    backing: B,
+    exiting: AtomicBool,
+    lock: RwLock<()>,
+    pub(crate) stats: Mutex<RegionStats>,
+}
+
+/// Read access to a region that was not exiting when the lock was taken.
+#[derive(Debug)]
+pub(crate) struct Entered<'a, B> {
+    pub(crate) region: &'a Region<B>,
+    _inside: RwLockReadGuard<'a, ()>,
+}
+
+impl<B: Backing> Region<B> {
+    pub(crate) fn new(id: RegionId, backing: B) -> Region<B> {
+        Region {
+            id,
+            backing,
+            exiting: AtomicBool::new(false),
+            lock: RwLock::new(()),
+            stats: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn id(&self) -> RegionId {
+        self.id
+    }
+
+    /// The memory itself. Whoever is not on the exit path comes here by [`Region::enter`].
+    pub(crate) fn backing(&self) -> &B {
+        &self.backing
+    }
+
+    /// Takes the region lock for reading, THEN tests the flag. The other way round the region
+    /// could pass its lock pass in between, and its memory would be touched after that.
+    pub(crate) fn enter(&self) -> Option<Entered<'_, B>> {
+        let inside = sync::read(&self.lock);
+        (!self.is_exiting()).then_some(Entered {
+            region: self,
+            _inside: inside,
+        })
+    }
+
+    /// Whether the region is being torn down; once true, for ever true.
+    pub(crate) fn is_exiting(&self) -> bool {
+        self.exiting.load(Ordering::Acquire)
+    }
+
+    /// Publishes that the region is being torn down. True for the one caller who did it.
+    pub(crate) fn set_exiting(&self) -> bool {
+        !self.exiting.swap(true, Ordering::AcqRel)
+    }
+
+    /// The lock pass: returns when everybody who did not see the flag has left.
+    pub(crate) fn lock_pass(&self) {
+        drop(sync::write(&self.lock));
+    }
+}
+
+impl<B: Backing> Entered<'_, B> {
+    pub(crate) fn backing(&self) -> &B {
+        &self.region.backing
+    }
+
+    /// To be asked before each item of a long loop, so that an exit waits for one item at most.
+    pub(crate) fn is_exiting(&self) -> bool {
+        self.region.is_exiting()
+    }
+}

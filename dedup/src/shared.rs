@@ -1,0 +1,270 @@
+//! The protocol between the worker, exits, unmerge and registration, over any backing.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Instant;
+
+use crate::backing::Backing;
+use crate::control::{Control, Run};
+use crate::page::range_pages;
+use crate::region::{Region, RegionId};
+use crate::ring::{Ring, Unlinked};
+use crate::scanner::Scanner;
+use crate::stats::Stats;
+use crate::sync;
+
+/// Pages between two looks at the exiting flag and at `run`.
+const WINDOW_PAGES: u32 = 512;
+
+/// How a region left its engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitPath {
+    /// The exit path freed the slot itself.
+    Fast,
+    /// The slot was left to the worker, which finishes it next.
+    HandedOver,
+}
+
+/// What a batch came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Batch {
+    /// Passes that ended in it.
+    pub(crate) passes: u64,
+    /// State changes seen in the passes that ended.
+    pub(crate) changes: u64,
+}
+
+/// Everything that the engine's threads share. Lock order: see the crate's documentation.
+#[derive(Debug)]
+pub(crate) struct Shared<B: Backing> {
+    /// The worker mutex: one batch, or an unmerge.
+    scanner: Mutex<Scanner<B>>,
+    /// The ring lock: never held over work.
+    ring: Mutex<Ring<Region<B>>>,
+    pub(crate) control: Mutex<Control>,
+    /// Wakes the worker.
+    pub(crate) work: Condvar,
+    published: Mutex<Stats>,
+    next_id: AtomicU64,
+}
+
+impl<B: Backing> Shared<B> {
+    pub(crate) fn new(scanner: Scanner<B>, control: Control) -> Shared<B> {
+        let stats = scanner.stats();
+        Shared {
+            scanner: Mutex::new(scanner),
+            ring: Mutex::default(),
+            control: Mutex::new(control),
+            work: Condvar::new(),
+            published: Mutex::new(stats),
+            next_id: AtomicU64::new(1),
+        }
+    }
+
+    /// Puts memory on the ring.
+    pub(crate) fn register(&self, backing: B) -> Arc<Region<B>> {
+        let id = RegionId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let region = Arc::new(Region::new(id, backing));
+        sync::lock(&self.ring).enter(id, Arc::clone(&region));
+        self.kick();
+        region
+    }
+
+    /// The shutdown sequence of a region; nobody writes to it any more.
+    ///
+    /// Its order is that of the 2009 patch "ksm: fix oom deadlock" in free-first form: freeing
+    /// before locking feeds a worker that waits for memory while it holds the region lock, which
+    /// then sees the flag and lets go; locking first would wait for that worker for ever.
+    pub(crate) fn exit(&self, region: &Arc<Region<B>>) -> ExitPath {
+        let id = region.id();
+        // Step 0: from here on nobody enters the region.
+        if !region.set_exiting() {
+            return ExitPath::HandedOver;
+        }
+        // Step 1: give the memory back. The range stays reserved, pool references stay counted.
+        region.backing().free_all();
+        // Fast path: judged and unlinked in one ring-lock section.
+        if self.try_finish(id) {
+            return ExitPath::Fast;
+        }
+        // Step 2: whoever was inside has left when this returns.
+        region.lock_pass();
+        // Step 3: hand the slot to the worker, the cursor looked at anew.
+        if self.try_finish(id) {
+            return ExitPath::Fast;
+        }
+        sync::lock(&self.ring).hand_over(id);
+        sync::lock(&self.control).reap = true;
+        self.kick();
+        ExitPath::HandedOver
+    }
+
+    /// Frees a slot that has no items and is not under the cursor.
+    fn try_finish(&self, id: RegionId) -> bool {
+        // Bound first: the ring's reference must be dropped without the lock.
+        let unlinked = sync::lock(&self.ring).try_unlink(id);
+        match unlinked {
+            Unlinked::Freed(region) => {
+                drop(region);
+                true
+            }
+            Unlinked::Busy | Unlinked::Gone => false,
+        }
+    }
+
+    /// Scans until `pages` pages were visited, one pass is over, or `run` says stop.
+    pub(crate) fn batch(&self, pages: u32) -> Batch {
+        let mut scanner = sync::lock(&self.scanner);
+        let mut batch = Batch::default();
+        let mut left = i64::from(pages);
+        while left > 0 && batch.passes == 0 && sync::lock(&self.control).run == Run::Merge {
+            let Some(visited) = self.step(&mut scanner, &mut batch) else {
+                break;
+            };
+            // A window without a page in memory still takes a system call.
+            left -= i64::from(visited.max(WINDOW_PAGES / 64));
+        }
+        self.publish(&scanner);
+        batch
+    }
+
+    /// Visits one window, or finishes one exiting region. `None` when nothing is registered.
+    fn step(&self, scanner: &mut Scanner<B>, batch: &mut Batch) -> Option<u32> {
+        // Lock order: worker mutex -> ring lock, released before the region lock is taken.
+        let (id, region, page) = sync::lock(&self.ring).current()?;
+        let pages = region.backing().pages();
+        let Some(inside) = region.enter() else {
+            let (slot, ended) = sync::lock(&self.ring).unlink_current();
+            scanner.detach(id);
+            drop(slot);
+            if ended {
+                end_pass(scanner, batch);
+            }
+            return Some(0);
+        };
+        scanner.attach(&region);
+        let window = page..pages.min(page.saturating_add(WINDOW_PAGES));
+        let end = window.end;
+        let full_pages = range_pages(&window);
+        let visited = scanner
+            .scan_window(&inside, window)
+            .unwrap_or_else(|error| {
+                log::warn!("cannot scan region {}: {error}", id.0);
+                full_pages
+            });
+        drop(inside);
+        let ended = {
+            let mut ring = sync::lock(&self.ring);
+            if end < pages {
+                ring.advance_page(end);
+                false
+            } else {
+                ring.advance_slot()
+            }
+        };
+        if ended {
+            end_pass(scanner, batch);
+        }
+        Some(visited)
+    }
+
+    /// Finishes every exiting region, whatever `run` says: a stopped worker leaks nothing.
+    pub(crate) fn reap(&self) {
+        let mut scanner = sync::lock(&self.scanner);
+        sync::lock(&self.control).reap = false;
+        let regions = sync::lock(&self.ring).regions();
+        for (id, region) in regions {
+            if region.is_exiting() {
+                scanner.detach(id);
+                let slot = sync::lock(&self.ring).unlink(id);
+                drop(slot);
+            }
+        }
+        self.publish(&scanner);
+    }
+
+    /// Unmerges every region. Waits for the batch in hand, and keeps the worker out meanwhile.
+    pub(crate) fn unmerge_all(&self) -> io::Result<()> {
+        let mut scanner = sync::lock(&self.scanner);
+        let regions = {
+            let mut ring = sync::lock(&self.ring);
+            ring.rewind();
+            ring.regions()
+        };
+        let mut failed = None;
+        for (id, region) in regions {
+            let Some(inside) = region.enter() else {
+                scanner.detach(id);
+                let slot = sync::lock(&self.ring).unlink(id);
+                drop(slot);
+                continue;
+            };
+            // A slot without items stays without: a fast exit remains possible.
+            if scanner.region(id).is_some()
+                && let Err(error) = scanner.unmerge_region(&inside)
+            {
+                failed = Some(error);
+                break;
+            }
+            scanner.reclaim();
+            self.publish(&scanner);
+        }
+        scanner.unstable.clear();
+        if failed.is_none() {
+            scanner.full_scans = 0;
+        }
+        scanner.reclaim();
+        self.publish(&scanner);
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Counters as of the last batch.
+    pub(crate) fn stats(&self) -> Stats {
+        let slots = sync::lock(&self.ring).len() as u64;
+        Stats {
+            slots,
+            ..*sync::lock(&self.published)
+        }
+    }
+
+    pub(crate) fn has_regions(&self) -> bool {
+        !sync::lock(&self.ring).is_empty()
+    }
+
+    /// Waits until `more` passes have begun and ended from now on. False at the deadline, or when
+    /// the worker stops.
+    pub(crate) fn wait_full_scans(&self, more: u64, deadline: Instant) -> bool {
+        let mut control = sync::lock(&self.control);
+        control.waiters += 1;
+        // The pass in hand began before now.
+        let target = control.passes + more + 1;
+        self.work.notify_all();
+        while control.passes < target && control.run == Run::Merge && !control.stop {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                break;
+            };
+            control = sync::wait_timeout(&self.work, control, left);
+        }
+        control.waiters -= 1;
+        control.passes >= target
+    }
+
+    pub(crate) fn kick(&self) {
+        sync::lock(&self.control).kicked = true;
+        self.work.notify_all();
+    }
+
+    fn publish(&self, scanner: &Scanner<B>) {
+        *sync::lock(&self.published) = scanner.stats();
+    }
+}
+
+fn end_pass<B: Backing>(scanner: &mut Scanner<B>, batch: &mut Batch) {
+    scanner.end_pass();
+    batch.passes += 1;
+    batch.changes = std::mem::take(&mut scanner.changes);
+}
+
+#[cfg(test)]
+mod tests;

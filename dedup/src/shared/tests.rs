@@ -1,0 +1,307 @@
+//! The engine against a naive model: random writes, passes, unmerges and exits.
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::backing::fake::{Content, FakeMemory, FakePage, FakePool};
+use crate::control::Pace;
+
+const PAGES: u32 = 24;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Register,
+    Write {
+        region: usize,
+        page: u32,
+        pages: u32,
+        content: Content,
+        stride: u64,
+    },
+    Pass,
+    Batch {
+        pages: u32,
+    },
+    Unmerge,
+    /// An unmerge that runs out of memory after some pages.
+    StarvedUnmerge {
+        region: usize,
+        calls: u32,
+    },
+    /// A pass in which one region's mappings fail after some calls.
+    FailingPass {
+        region: usize,
+        calls: u32,
+    },
+    Exit {
+        region: usize,
+    },
+    ExitStopped {
+        region: usize,
+    },
+    /// A pass in which guests write between the visit and the protection of pages.
+    RacingPass {
+        region: usize,
+        page: u32,
+        content: Content,
+    },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let region = any::<usize>();
+    prop_oneof![
+        1 => Just(Step::Register),
+        8 => (region, 0..PAGES, 1..PAGES, 0..6u64, 0..2u64).prop_map(
+            |(region, page, pages, content, stride)| Step::Write { region, page, pages, content, stride }
+        ),
+        8 => Just(Step::Pass),
+        2 => (1..40u32).prop_map(|pages| Step::Batch { pages }),
+        1 => Just(Step::Unmerge),
+        1 => (region, 0..8u32).prop_map(|(region, calls)| Step::StarvedUnmerge { region, calls }),
+        1 => (region, 0..4u32).prop_map(|(region, calls)| Step::FailingPass { region, calls }),
+        4 => (region, 0..PAGES, 0..6u64).prop_map(
+            |(region, page, content)| Step::RacingPass { region, page, content }
+        ),
+        1 => region.prop_map(|region| Step::Exit { region }),
+        1 => region.prop_map(|region| Step::ExitStopped { region }),
+    ]
+}
+
+struct Guest {
+    region: Arc<Region<FakeMemory>>,
+    memory: FakeMemory,
+    expected: Vec<Content>,
+}
+
+struct World {
+    shared: Shared<FakeMemory>,
+    pool: FakePool,
+    guests: Vec<Guest>,
+}
+
+impl World {
+    fn new() -> World {
+        let pool = FakePool::default();
+        let scanner = Scanner::new(pool.clone(), 1000);
+        let control = Control::new(Run::Merge, Pace::default());
+        let mut world = World {
+            shared: Shared::new(scanner, control),
+            pool,
+            guests: Vec::new(),
+        };
+        world.register();
+        world.register();
+        world
+    }
+
+    fn register(&mut self) {
+        let memory = FakeMemory::new(PAGES, &self.pool);
+        let region = self.shared.register(memory.clone());
+        self.guests.push(Guest {
+            region,
+            memory,
+            expected: vec![0; PAGES as usize],
+        });
+    }
+
+    fn pass(&self) {
+        while self.shared.has_regions() && self.shared.batch(u32::MAX).passes == 0 {}
+    }
+
+    fn set_run(&self, run: Run) {
+        sync::lock(&self.shared.control).run = run;
+    }
+
+    fn apply(&mut self, step: &Step) {
+        let count = self.guests.len();
+        match *step {
+            Step::Register => self.register(),
+            Step::Write {
+                region,
+                page,
+                pages,
+                content,
+                stride,
+            } if count > 0 => {
+                let guest = &mut self.guests[region % count];
+                for page in page..PAGES.min(page + pages) {
+                    let content = if content == 0 {
+                        0
+                    } else {
+                        content + u64::from(page) * stride
+                    };
+                    guest.memory.write(page, content);
+                    guest.expected[page as usize] = content;
+                }
+            }
+            Step::Pass => self.pass(),
+            Step::Batch { pages } => {
+                self.shared.batch(pages);
+            }
+            Step::Unmerge => self.unmerge(),
+            Step::StarvedUnmerge { region, calls } if count > 0 => {
+                let memory = self.guests[region % count].memory.clone();
+                memory.calls_left.store(calls, Ordering::Relaxed);
+                let starved = self.shared.unmerge_all();
+                memory.calls_left.store(u32::MAX, Ordering::Relaxed);
+                if starved.is_ok() {
+                    assert_eq!(self.pool.used_pages(), 0);
+                }
+            }
+            Step::FailingPass { region, calls } if count > 0 => {
+                let memory = self.guests[region % count].memory.clone();
+                memory.calls_left.store(calls, Ordering::Relaxed);
+                self.pass();
+                memory.calls_left.store(u32::MAX, Ordering::Relaxed);
+            }
+            Step::RacingPass {
+                region,
+                page,
+                content,
+            } if count > 0 => {
+                let guest = &mut self.guests[region % count];
+                guest.memory.write_before_protection(page, content);
+                guest.expected[page as usize] = content;
+                let memory = guest.memory.clone();
+                self.pass();
+                memory.finish_racing_writes();
+            }
+            Step::Exit { region } if count > 0 => {
+                let guest = self.guests.swap_remove(region % count);
+                self.shared.exit(&guest.region);
+                self.pass();
+            }
+            Step::ExitStopped { region } if count > 0 => {
+                self.set_run(Run::Stop);
+                let guest = self.guests.swap_remove(region % count);
+                self.shared.exit(&guest.region);
+                self.shared.reap();
+                self.set_run(Run::Merge);
+            }
+            _ => {}
+        }
+    }
+
+    fn unmerge(&self) {
+        self.shared.unmerge_all().expect("the model has memory");
+        assert_eq!(
+            self.pool.used_pages(),
+            0,
+            "the pool is empty after an unmerge"
+        );
+        let stats = self.shared.stats();
+        assert_eq!(
+            (stats.pages_shared, stats.pages_sharing, stats.pages_zero),
+            (0, 0, 0)
+        );
+    }
+
+    fn check(&self) {
+        let mut sharers: HashMap<u32, u64> = HashMap::new();
+        for guest in &self.guests {
+            for page in 0..PAGES {
+                assert_eq!(guest.memory.content(page), guest.expected[page as usize]);
+                if let FakePage::Shared(pool_page) = guest.memory.page(page) {
+                    *sharers.entry(pool_page.0).or_default() += 1;
+                }
+            }
+            assert!(guest.memory.is_unprotected(), "a vCPU would sleep for ever");
+        }
+        let stats = self.shared.stats();
+        // What guests broke since their last visit is still counted; nothing else may differ.
+        assert!(sharers.len() as u64 <= stats.pages_shared);
+        assert!(sharers.values().sum::<u64>() <= stats.pages_shared + stats.pages_sharing);
+        assert_eq!(
+            self.pool.used_pages() as u64,
+            stats.pages_shared,
+            "{stats:?}"
+        );
+        assert!(stats.slots <= self.guests.len() as u64);
+    }
+
+    /// After two passes without writes all counters are those of a recount by content.
+    fn check_settled(&self) {
+        self.pass();
+        self.pass();
+        self.pass();
+        let mut copies: HashMap<Content, u64> = HashMap::new();
+        let mut written = 0;
+        for guest in &self.guests {
+            for page in 0..PAGES {
+                match guest.memory.page(page) {
+                    FakePage::Absent => {}
+                    _ => written += 1,
+                }
+                *copies.entry(guest.expected[page as usize]).or_default() += 1;
+            }
+        }
+        copies.remove(&0);
+        let duplicates: u64 = copies.values().map(|count| count - 1).sum();
+        let stats = self.shared.stats();
+        assert_eq!(stats.pages_sharing, duplicates, "{stats:?}");
+        assert_eq!(stats.pages_volatile, 0, "{stats:?}");
+        assert_eq!(
+            stats.pages_shared + stats.pages_sharing + stats.pages_unshared,
+            written
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    #[test]
+    fn every_guest_reads_what_it_wrote_and_every_counter_can_be_recounted(
+        steps in proptest::collection::vec(step(), 1..60)
+    ) {
+        let mut world = World::new();
+        for step in &steps {
+            world.apply(step);
+            world.check();
+        }
+        world.check_settled();
+        world.unmerge();
+        for guest in world.guests.drain(..) {
+            world.shared.exit(&guest.region);
+        }
+        world.shared.reap();
+        prop_assert_eq!(world.shared.stats().slots, 0);
+        prop_assert_eq!(world.pool.used_pages(), 0);
+    }
+}
+
+#[test]
+fn an_exit_while_the_cursor_rests_on_the_region_leaves_it_to_the_worker() {
+    let mut world = World::new();
+    world.apply(&Step::Write {
+        region: 0,
+        page: 0,
+        pages: PAGES,
+        content: 3,
+        stride: 1,
+    });
+    world.pass();
+    assert_eq!(
+        world.shared.exit(&world.guests[0].region),
+        ExitPath::HandedOver
+    );
+    assert_eq!(world.shared.stats().slots, 2);
+    world.shared.batch(1);
+    assert_eq!(
+        world.shared.stats().slots,
+        1,
+        "the handed-over slot is finished first"
+    );
+}
+
+#[test]
+fn a_second_exit_of_a_region_does_nothing() {
+    let world = World::new();
+    assert_eq!(world.shared.exit(&world.guests[0].region), ExitPath::Fast);
+    assert_eq!(
+        world.shared.exit(&world.guests[0].region),
+        ExitPath::HandedOver
+    );
+    assert_eq!(world.shared.stats().slots, 1);
+}

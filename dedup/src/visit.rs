@@ -1,0 +1,170 @@
+//! One window of a region: what became of its pages since the last visit, and what to merge.
+
+use std::collections::HashSet;
+use std::io;
+
+use crate::backing::{Backing, Residency};
+use crate::fingerprint::{Fingerprint, is_zero};
+use crate::item::PageState;
+use crate::page::{PAGE_WORDS, PageRange, PoolPage};
+use crate::region::{Entered, RegionId};
+use crate::scanner::Scanner;
+
+/// A calm page, and a calm page elsewhere that had the same fingerprint when it was visited.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pair {
+    pub(crate) page: u32,
+    pub(crate) partner: RegionId,
+    pub(crate) partner_page: u32,
+    pub(crate) fingerprint: Fingerprint,
+}
+
+/// What a window's visit found worth trying. Ascending by page.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// Pages that held zeros.
+    pub(crate) zeros: Vec<u32>,
+    /// Pages whose content is stable already.
+    pub(crate) stable: Vec<(u32, PoolPage)>,
+    /// Pages that would found a stable page together with a partner.
+    pub(crate) pairs: Vec<Pair>,
+    /// Pages with the content of one of the pairs: to be looked up again once those are merged.
+    pub(crate) deferred: Vec<(u32, Fingerprint)>,
+    founding: HashSet<Fingerprint>,
+}
+
+impl<B: Backing> Scanner<B> {
+    /// Visits the pages of a window and merges what can be merged. Returns the pages visited.
+    pub(crate) fn scan_window(
+        &mut self,
+        inside: &Entered<'_, B>,
+        window: PageRange,
+    ) -> io::Result<u32> {
+        let mut plan = Plan::default();
+        let visited = self.visit(inside, window, &mut plan)?;
+        self.pages_scanned += u64::from(visited);
+        self.merge(inside, &mut plan);
+        self.reclaim();
+        self.publish_region(inside.region);
+        Ok(visited)
+    }
+
+    fn visit(
+        &mut self,
+        inside: &Entered<'_, B>,
+        window: PageRange,
+        plan: &mut Plan,
+    ) -> io::Result<u32> {
+        let mut found = Vec::new();
+        inside.backing().residency(window.clone(), &mut found)?;
+        let mut visited = 0;
+        let mut next = window.start;
+        for (range, residency) in found {
+            self.visit_absent(inside, next..range.start);
+            next = range.end;
+            match residency {
+                Residency::Private => {
+                    for page in range {
+                        if inside.is_exiting() {
+                            return Ok(visited);
+                        }
+                        self.visit_private(inside, page, plan);
+                        visited += 1;
+                    }
+                }
+                Residency::ZeroPage => self.visit_absent(inside, range),
+                Residency::Pool => visited += crate::page::range_pages(&range),
+                Residency::Swapped => self.visit_swapped(inside, range),
+            }
+        }
+        self.visit_absent(inside, next..window.end);
+        Ok(visited)
+    }
+
+    /// Pages without memory of their own: the engine merged them, or the guest gave them back.
+    fn visit_absent(&mut self, inside: &Entered<'_, B>, range: PageRange) {
+        let items = self.items(inside.region.id());
+        for page in range {
+            if !items.is_merged(page) {
+                items.set_state(page, PageState::Untracked);
+            }
+        }
+    }
+
+    /// Swapped pages cost no memory and are left alone, as KSM leaves them.
+    fn visit_swapped(&mut self, inside: &Entered<'_, B>, range: PageRange) {
+        for page in range {
+            self.unshared_by_guest(inside.region.id(), page);
+            self.items(inside.region.id())
+                .set_state(page, PageState::Untracked);
+        }
+    }
+
+    fn visit_private(&mut self, inside: &Entered<'_, B>, page: u32, plan: &mut Plan) {
+        let id = inside.region.id();
+        let mut content = [0; PAGE_WORDS];
+        inside.backing().read(page, &mut content);
+        let fingerprint = Fingerprint::of(&content);
+        let checksum = fingerprint.checksum();
+        let before = self.items(id).state(page);
+        let calm = match before {
+            PageState::Volatile { checksum: seen } | PageState::Unshared { checksum: seen } => {
+                seen == checksum
+            }
+            PageState::Untracked | PageState::Zero | PageState::Stable(_) => false,
+        };
+        if !calm {
+            self.unshared_by_guest(id, page);
+            self.items(id)
+                .set_state(page, PageState::Volatile { checksum });
+            self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
+            return;
+        }
+        self.changes += u64::from(!matches!(before, PageState::Unshared { .. }));
+        if is_zero(&content) {
+            plan.zeros.push(page);
+        } else if let Some(pool_page) = self.stable.find(fingerprint) {
+            plan.stable.push((page, pool_page));
+        } else if plan.founding.contains(&fingerprint) {
+            plan.deferred.push((page, fingerprint));
+        } else {
+            self.find_partner(id, page, fingerprint, plan);
+        }
+    }
+
+    fn find_partner(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint, plan: &mut Plan) {
+        let partner = self
+            .unstable
+            .get(&fingerprint)
+            .copied()
+            .filter(|&other| other != (id, page));
+        match partner {
+            Some((partner, partner_page)) => {
+                self.unstable.remove(&fingerprint);
+                plan.founding.insert(fingerprint);
+                plan.pairs.push(Pair {
+                    page,
+                    partner,
+                    partner_page,
+                    fingerprint,
+                });
+            }
+            None => self.keep_candidate(id, page, fingerprint),
+        }
+    }
+
+    /// Leaves a calm page in the unstable index, for a later one to find.
+    pub(crate) fn keep_candidate(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint) {
+        self.unstable.insert(fingerprint, (id, page));
+        let checksum = fingerprint.checksum();
+        self.items(id)
+            .set_state(page, PageState::Unshared { checksum });
+    }
+
+    /// Accounts for a guest's write to a page that was shared.
+    fn unshared_by_guest(&mut self, id: RegionId, page: u32) {
+        if let PageState::Stable(pool_page) = self.items(id).state(page) {
+            self.stable.drop_sharer(pool_page);
+        }
+    }
+}

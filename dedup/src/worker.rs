@@ -1,0 +1,104 @@
+//! The worker: one thread per domain that scans at its pace and finishes what has exited.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use crate::backing::Backing;
+use crate::control::Run;
+use crate::shared::Shared;
+use crate::sync;
+
+/// What the worker does next.
+enum Next {
+    Stop,
+    Reap,
+    Batch { pages: u32 },
+}
+
+/// The thread, stopped and joined on drop.
+#[derive(Debug)]
+pub(crate) struct Worker<B: Backing> {
+    shared: Arc<Shared<B>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<B: Backing> Worker<B> {
+    pub(crate) fn spawn(shared: &Arc<Shared<B>>) -> io::Result<Worker<B>> {
+        let theirs = Arc::clone(shared);
+        let thread = thread::Builder::new()
+            .name("dedup".to_owned())
+            .spawn(move || while work(&theirs) {})?;
+        Ok(Worker {
+            shared: Arc::clone(shared),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl<B: Backing> Drop for Worker<B> {
+    fn drop(&mut self) {
+        sync::lock(&self.shared.control).stop = true;
+        self.shared.work.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the dedup worker had panicked");
+        }
+    }
+}
+
+/// One round. False when the worker is to end.
+fn work<B: Backing>(shared: &Shared<B>) -> bool {
+    match wait_for_work(shared) {
+        Next::Stop => return false,
+        Next::Reap => shared.reap(),
+        Next::Batch { pages } => {
+            let batch = shared.batch(pages);
+            let mut control = sync::lock(&shared.control);
+            control.note_batch(batch.passes, batch.changes);
+            if batch.passes > 0 {
+                shared.work.notify_all();
+            }
+        }
+    }
+    pause(shared)
+}
+
+fn wait_for_work<B: Backing>(shared: &Shared<B>) -> Next {
+    let mut control = sync::lock(&shared.control);
+    loop {
+        control.kicked = false;
+        if control.stop {
+            return Next::Stop;
+        }
+        // In a merging engine the handed-over slot comes up by its place after the cursor.
+        if control.reap && control.run != Run::Merge {
+            return Next::Reap;
+        }
+        // Lock order: control -> ring is taken nowhere else the other way round.
+        if control.run == Run::Merge && shared.has_regions() {
+            return Next::Batch {
+                pages: control.pace.pages_to_scan,
+            };
+        }
+        control = sync::wait(&shared.work, control);
+    }
+}
+
+/// Pauses as the pace says, unless something happens. False when the worker is to end.
+fn pause<B: Backing>(shared: &Shared<B>) -> bool {
+    let mut control = sync::lock(&shared.control);
+    let until = Instant::now() + control.pause();
+    while !control.kicked && !control.stop && control.waiters == 0 {
+        let Some(left) = until.checked_duration_since(Instant::now()) else {
+            break;
+        };
+        control = sync::wait_timeout(&shared.work, control, left);
+    }
+    if control.kicked {
+        control.wake_up();
+    }
+    !control.stop
+}

@@ -1,0 +1,298 @@
+//! The engine on real memory: real userfaultfd, real memfd, real copy-on-write.
+#![expect(
+    unsafe_code,
+    reason = "plays the guest: reads and writes mapped memory"
+)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use dedup::{
+    Engine, ExitPath, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf, RegionHandle, Run, Settings,
+    Stats,
+};
+
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+fn engine(run: Run) -> Engine {
+    Engine::new(&Settings {
+        run,
+        ..Settings::default()
+    })
+    .expect("this host has userfaultfd")
+}
+
+fn address(region: &RegionHandle, page: usize, word: usize) -> *mut u64 {
+    assert!((page + 1) * PAGE_SIZE_BYTES <= region.mapping().size_bytes() && word < PAGE_WORDS);
+    region
+        .mapping()
+        .as_ptr()
+        .wrapping_add(page * PAGE_SIZE_BYTES + word * 8)
+        .cast()
+}
+
+fn write_word(region: &RegionHandle, page: usize, word: usize, value: u64) {
+    // SAFETY: `address` checked that the word lies inside the region, which is mapped.
+    unsafe { address(region, page, word).write_volatile(value) }
+}
+
+fn read_word(region: &RegionHandle, page: usize, word: usize) -> u64 {
+    // SAFETY: `address` checked that the word lies inside the region, which is mapped.
+    unsafe { address(region, page, word).read_volatile() }
+}
+
+/// Fills each page with words that follow from its content's number; 0 gives a page of zeros.
+fn fill(region: &RegionHandle, contents: impl IntoIterator<Item = u64>) {
+    for (page, content) in contents.into_iter().enumerate() {
+        for word in 0..PAGE_WORDS {
+            write_word(region, page, word, content.wrapping_mul(word as u64 + 1));
+        }
+    }
+}
+
+fn assert_holds(region: &RegionHandle, contents: impl IntoIterator<Item = u64>) {
+    for (page, content) in contents.into_iter().enumerate() {
+        for word in 0..PAGE_WORDS {
+            let expected = content.wrapping_mul(word as u64 + 1);
+            assert_eq!(
+                read_word(region, page, word),
+                expected,
+                "page {page} word {word}"
+            );
+        }
+    }
+}
+
+fn region(engine: &Engine, pages: usize) -> RegionHandle {
+    let mapping = Mapping::new(pages * PAGE_SIZE_BYTES).expect("address space is there");
+    engine
+        .register(mapping)
+        .expect("the kernel takes the range")
+}
+
+fn settle(engine: &Engine) -> Stats {
+    assert!(
+        engine.wait_full_scans(3, deadline()),
+        "three passes before the deadline"
+    );
+    engine.stats()
+}
+
+#[test]
+fn equal_pages_of_two_regions_are_shared_and_still_read_the_same() {
+    let engine = engine(Run::Merge);
+    let regions = [region(&engine, 512), region(&engine, 512)];
+    for region in &regions {
+        fill(region, 1..=512);
+    }
+    let stats = settle(&engine);
+    assert_eq!((stats.pages_shared, stats.pages_sharing), (512, 512));
+    assert_eq!((stats.pages_unshared, stats.pages_volatile), (0, 0));
+    for region in &regions {
+        assert_holds(region, 1..=512);
+        assert_eq!(region.stats().pages_merging, 512);
+    }
+    assert!(stats.saved_bytes > 450 * 4096, "{stats:?}");
+}
+
+#[test]
+fn a_write_breaks_the_sharing_for_the_writer_alone() {
+    let engine = engine(Run::Merge);
+    let (one, other) = (region(&engine, 64), region(&engine, 64));
+    fill(&one, [7; 64]);
+    fill(&other, [7; 64]);
+    assert_eq!(settle(&engine).pages_sharing, 127);
+    write_word(&one, 5, 100, 0xdead);
+    assert_eq!(read_word(&other, 5, 100), 7 * 101);
+    assert_eq!(read_word(&one, 5, 100), 0xdead);
+    assert_eq!(read_word(&one, 5, 99), 7 * 100);
+    let stats = settle(&engine);
+    assert_eq!(
+        (
+            stats.pages_shared,
+            stats.pages_sharing,
+            stats.pages_unshared
+        ),
+        (1, 126, 1)
+    );
+}
+
+#[test]
+fn zero_pages_are_given_back_without_a_pool_page() {
+    let engine = engine(Run::Merge);
+    let region = region(&engine, 100);
+    fill(&region, [0; 100]);
+    let stats = settle(&engine);
+    assert_eq!(
+        (stats.pages_zero, stats.pages_shared, stats.vmas),
+        (100, 0, 1)
+    );
+    assert_holds(&region, [0; 100]);
+    write_word(&region, 3, 3, 3);
+    assert_eq!(settle(&engine).pages_zero, 99);
+}
+
+#[test]
+fn a_shared_page_that_becomes_zero_never_shows_the_pool_again() {
+    let engine = engine(Run::Merge);
+    let (one, other) = (region(&engine, 16), region(&engine, 16));
+    fill(&one, [9; 16]);
+    fill(&other, [9; 16]);
+    settle(&engine);
+    fill(&one, [0; 16]);
+    let stats = settle(&engine);
+    assert_eq!(stats.pages_zero, 16);
+    assert_holds(&one, [0; 16]);
+    assert_holds(&other, [9; 16]);
+}
+
+#[test]
+fn unmerge_restores_private_memory_and_leaves_the_pool_empty() {
+    let engine = engine(Run::Merge);
+    let regions = [
+        region(&engine, 256),
+        region(&engine, 256),
+        region(&engine, 256),
+    ];
+    for region in &regions {
+        fill(region, (0..256).map(|page| page % 50));
+    }
+    assert!(settle(&engine).pages_sharing > 600);
+    engine.set_run(Run::Unmerge).expect("there is memory");
+    let stats = engine.stats();
+    assert_eq!(
+        (stats.pages_shared, stats.pages_sharing, stats.pages_zero),
+        (0, 0, 0)
+    );
+    assert_eq!((stats.pool_bytes, stats.full_scans), (0, 0));
+    for region in &regions {
+        assert_holds(region, (0..256).map(|page| page % 50));
+    }
+    engine.set_run(Run::Merge).expect("merging can go on");
+    assert!(settle(&engine).pages_sharing > 600);
+}
+
+#[test]
+fn a_region_that_leaves_takes_its_references_along() {
+    let engine = engine(Run::Merge);
+    let (one, other) = (region(&engine, 128), region(&engine, 128));
+    fill(&one, 1..=128);
+    fill(&other, 1..=128);
+    settle(&engine);
+    assert_eq!(one.exit(), ExitPath::HandedOver);
+    let until = deadline();
+    while engine.stats().slots > 1 {
+        assert!(Instant::now() < until, "the worker finishes the slot");
+        thread::yield_now();
+    }
+    assert_holds(&other, 1..=128);
+    let stats = settle(&engine);
+    assert_eq!((stats.pages_shared, stats.pages_sharing), (128, 0));
+}
+
+#[test]
+fn a_stopped_engine_leaks_no_slot() {
+    let engine = engine(Run::Stop);
+    let never_scanned = region(&engine, 8);
+    assert_eq!(never_scanned.exit(), ExitPath::Fast);
+    engine.set_run(Run::Merge).expect("merging starts");
+    let scanned = region(&engine, 8);
+    fill(&scanned, [1; 8]);
+    settle(&engine);
+    engine.set_run(Run::Stop).expect("merging stops");
+    scanned.exit();
+    let until = deadline();
+    while engine.stats().slots > 0 || engine.stats().pages_shared > 0 {
+        assert!(
+            Instant::now() < until,
+            "the stopped worker still finishes slots"
+        );
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn the_vma_budget_is_never_exceeded() {
+    let budget = 40;
+    let settings = Settings {
+        vma_budget: Some(budget),
+        ..Settings::default()
+    };
+    let engine = Engine::new(&settings).expect("this host has userfaultfd");
+    let (one, other) = (region(&engine, 1024), region(&engine, 1024));
+    fill(&one, 1..=1024);
+    fill(&other, (1..=1024).rev());
+    let stats = settle(&engine);
+    assert!(stats.vmas <= u64::from(budget), "{stats:?}");
+    assert!(
+        stats.pages_over_vma_budget > 0 && stats.pages_sharing > 0,
+        "{stats:?}"
+    );
+    assert_holds(&one, 1..=1024);
+    assert_holds(&other, (1..=1024).rev());
+}
+
+/// Writers bump each page's counter in two places and see at once whether a bump got lost or torn.
+#[test]
+fn no_write_is_lost_while_pages_are_merged_and_unmerged_under_their_writers() {
+    const PAGES: usize = 256;
+    let engine = Engine::new(&Settings::default()).expect("this host has userfaultfd");
+    engine.set_pace(dedup::Pace {
+        pages_to_scan: 100_000,
+        sleep_millisecs: 0,
+    });
+    let regions: Vec<_> = (0..2).map(|_| Arc::new(region(&engine, PAGES))).collect();
+    let stop = Arc::new(AtomicBool::new(false));
+    let rounds = Arc::new(AtomicU64::new(0));
+    let writers: Vec<_> = regions
+        .iter()
+        .map(|region| {
+            let (region, stop, rounds) =
+                (Arc::clone(region), Arc::clone(&stop), Arc::clone(&rounds));
+            thread::spawn(move || write_and_check(&region, PAGES, &stop, &rounds))
+        })
+        .collect();
+    let until = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < until {
+        assert!(engine.wait_full_scans(2, deadline()));
+        engine.set_run(Run::Unmerge).expect("there is memory");
+        engine.set_run(Run::Merge).expect("merging can go on");
+    }
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.join().expect("no write was lost");
+    }
+    assert!(rounds.load(Ordering::Relaxed) > 10, "the writers did write");
+    assert!(settle(&engine).pages_sharing > 0);
+    for region in &regions {
+        let mut page: PageBuf = [0; PAGE_WORDS];
+        region.mapping().read_page(0, &mut page);
+        assert_eq!(page[0], page[PAGE_WORDS - 1]);
+    }
+}
+
+fn write_and_check(region: &RegionHandle, pages: usize, stop: &AtomicBool, rounds: &AtomicU64) {
+    let mut round = 0u64;
+    while !stop.load(Ordering::Relaxed) {
+        // Some pages rest for a few rounds, so that there are calm ones to merge.
+        for page in (0..pages).filter(|page| page % 4 != 0 || round.is_multiple_of(64)) {
+            let before = read_word(region, page, 0);
+            assert_eq!(
+                read_word(region, page, PAGE_WORDS - 1),
+                before,
+                "page {page}"
+            );
+            if page % 4 == 0 || page % 4 == 1 || round.is_multiple_of(512) {
+                write_word(region, page, 0, before + 1);
+                write_word(region, page, PAGE_WORDS - 1, before + 1);
+                assert_eq!(read_word(region, page, 0), before + 1, "page {page}");
+            }
+        }
+        round += 1;
+        rounds.store(round, Ordering::Relaxed);
+    }
+}
