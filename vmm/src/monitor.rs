@@ -1,34 +1,70 @@
-//! The monitor: signatures first, bodies follow.
+//! The monitor: the VMs of one merge domain.
 
+use std::collections::BTreeMap;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::config::VmConfig;
 use crate::console::Console;
 use crate::error::MonitorError;
+use crate::events::EventLoop;
 use crate::id::{MergeDomain, VmId};
 use crate::info::VmInfo;
-use crate::state::EndReason;
+use crate::machine::Host;
+use crate::reaper::Reaper;
+use crate::start::{self, StartError};
+use crate::state::{EndReason, Step};
+use crate::vm::{Corpse, Vm};
 
-/// One merge domain: its VMs, its merge engine, its event loop.
+/// One merge domain: its VMs, its merge engine, its event loop, its reaper.
+///
+/// All methods may be called from any thread. Dropping it stops every VM, joins every thread and
+/// gives back all memory.
 #[derive(Debug)]
 pub struct Monitor {
     domain: MergeDomain,
-    engine: dedup::Engine,
+    vms: Mutex<BTreeMap<VmId, Arc<Vm>>>,
+    /// `None` only while the monitor is being dropped.
+    to_reaper: Option<Sender<Corpse>>,
+    reaper: Option<Reaper>,
+    // Dropped before the engine in `host`: devices write to guest memory.
+    _events: EventLoop,
+    host: Host,
+}
+
+fn host_error<E>(what: &'static str) -> impl Fn(E) -> MonitorError
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    move |error| MonitorError::Host {
+        what,
+        error: Box::new(error),
+    }
 }
 
 impl Monitor {
-    /// Starts the monitor's threads; opens `/dev/kvm`.
+    /// Opens `/dev/kvm` and starts the threads of the monitor: merge worker, event loop, reaper.
     ///
     /// # Errors
     /// [`MonitorError::Host`] when KVM or a thread is not to be had.
     pub fn new(domain: MergeDomain, settings: dedup::Settings) -> Result<Monitor, MonitorError> {
-        let host = |error: dedup::EngineError| MonitorError::Host {
-            what: "merge engine",
-            error: Box::new(error),
-        };
+        let (kvm, supported_cpuid) = Host::open_kvm().map_err(host_error("kvm"))?;
+        let engine = dedup::Engine::new(settings).map_err(host_error("merge engine"))?;
+        let events = EventLoop::new().map_err(host_error("event loop"))?;
+        let (reaper, to_reaper) = Reaper::spawn().map_err(host_error("reaper thread"))?;
         Ok(Monitor {
             domain,
-            engine: dedup::Engine::new(settings).map_err(host)?,
+            vms: Mutex::default(),
+            to_reaper: Some(to_reaper),
+            reaper: Some(reaper),
+            host: Host {
+                kvm,
+                supported_cpuid,
+                engine,
+                events: events.remote(),
+            },
+            _events: events,
         })
     }
 
@@ -39,71 +75,174 @@ impl Monitor {
 
     /// The merge engine.
     pub fn engine(&self) -> &dedup::Engine {
-        &self.engine
+        &self.host.engine
     }
 
-    /// Adds a VM.
-    pub fn create(&self, _id: VmId, _config: VmConfig) -> Result<(), MonitorError> {
-        unimplemented!()
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a VM.
-    pub fn start(&self, _id: &VmId) -> Result<(), MonitorError> {
-        unimplemented!()
+    /// The VM's record. The list's lock is not held over what is done with it.
+    fn find(&self, id: &VmId) -> Result<Arc<Vm>, MonitorError> {
+        self.lock()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| MonitorError::NotFound(id.clone()))
     }
 
-    /// Stands a VM's vCPUs still.
-    pub fn pause(&self, _id: &VmId) -> Result<(), MonitorError> {
-        unimplemented!()
+    /// Adds a VM, not started: checks its configuration and that the files it names are there.
+    ///
+    /// # Errors
+    /// [`MonitorError::DuplicateId`], [`MonitorError::WrongDomain`], [`MonitorError::Config`] or
+    /// [`MonitorError::Start`] (a file).
+    pub fn create(&self, id: VmId, config: VmConfig) -> Result<(), MonitorError> {
+        config.validate().map_err(|error| MonitorError::Config {
+            id: id.clone(),
+            error,
+        })?;
+        if let Some(wanted) = config
+            .samepage
+            .merge_domain
+            .as_ref()
+            .filter(|d| **d != self.domain)
+        {
+            let (wanted, domain) = (wanted.to_string(), self.domain.to_string());
+            return Err(MonitorError::WrongDomain { id, wanted, domain });
+        }
+        start::check_files(&config).map_err(|error: StartError| MonitorError::Start {
+            id: id.clone(),
+            error,
+        })?;
+        let Some(to_reaper) = self.to_reaper.clone() else {
+            return Err(MonitorError::NotFound(id));
+        };
+        let mut vms = self.lock();
+        if vms.contains_key(&id) {
+            return Err(MonitorError::DuplicateId(id));
+        }
+        vms.insert(id.clone(), Arc::new(Vm::new(id, config, to_reaper)));
+        Ok(())
     }
 
-    /// Lets them run again.
-    pub fn resume(&self, _id: &VmId) -> Result<(), MonitorError> {
-        unimplemented!()
+    /// Loads a VM's kernel and runs it. On failure the VM stays not started and nothing is left.
+    ///
+    /// # Errors
+    /// [`MonitorError::AlreadyStarted`] or [`MonitorError::Start`].
+    pub fn start(&self, id: &VmId) -> Result<(), MonitorError> {
+        self.find(id)?.start(&self.host)
     }
 
-    /// Stops a VM; returns when its memory was handed over.
-    pub fn stop(&self, _id: &VmId) -> Result<(), MonitorError> {
-        unimplemented!()
+    /// Stands a VM's vCPUs still; returns when they do.
+    ///
+    /// # Errors
+    /// [`MonitorError::IllegalStep`] or [`MonitorError::Ending`].
+    pub fn pause(&self, id: &VmId) -> Result<(), MonitorError> {
+        self.find(id)?.pause_or_resume(Step::Pause)
     }
 
-    /// Presses ctrl-alt-del.
-    pub fn send_ctrl_alt_del(&self, _id: &VmId) -> Result<(), MonitorError> {
-        unimplemented!()
+    /// Lets a VM's vCPUs run again.
+    ///
+    /// # Errors
+    /// [`MonitorError::IllegalStep`] or [`MonitorError::Ending`].
+    pub fn resume(&self, id: &VmId) -> Result<(), MonitorError> {
+        self.find(id)?.pause_or_resume(Step::Resume)
+    }
+
+    /// Stops a VM at once; returns when its memory was handed over. A VM that ended by itself
+    /// keeps its own reason.
+    ///
+    /// # Errors
+    /// [`MonitorError::IllegalStep`] when it was never started.
+    pub fn stop(&self, id: &VmId) -> Result<(), MonitorError> {
+        self.find(id)?.stop()
+    }
+
+    /// Presses ctrl-alt-del on a VM's keyboard.
+    ///
+    /// # Errors
+    /// [`MonitorError::NoKeyboard`] when the guest does not listen to its keyboard controller,
+    /// [`MonitorError::IllegalStep`] when it does not run.
+    pub fn send_ctrl_alt_del(&self, id: &VmId) -> Result<(), MonitorError> {
+        self.find(id)?.press_ctrl_alt_del()
     }
 
     /// Forgets a VM that does not run.
-    pub fn delete(&self, _id: &VmId) -> Result<(), MonitorError> {
-        unimplemented!()
+    ///
+    /// # Errors
+    /// [`MonitorError::StillRunning`].
+    pub fn delete(&self, id: &VmId) -> Result<(), MonitorError> {
+        let mut vms = self.lock();
+        let vm = vms
+            .get(id)
+            .ok_or_else(|| MonitorError::NotFound(id.clone()))?;
+        // Lock order: list of VMs -> cell.
+        if !vm.is_deletable() {
+            return Err(MonitorError::StillRunning(id.clone()));
+        }
+        vms.remove(id);
+        Ok(())
     }
 
-    /// All VMs by id.
+    /// All VMs, ordered by id.
     pub fn list(&self) -> Vec<VmInfo> {
-        unimplemented!()
+        let vms: Vec<Arc<Vm>> = self.lock().values().cloned().collect();
+        vms.iter().map(|vm| vm.info()).collect()
     }
 
     /// One VM.
-    pub fn info(&self, _id: &VmId) -> Result<VmInfo, MonitorError> {
-        unimplemented!()
+    ///
+    /// # Errors
+    /// [`MonitorError::NotFound`].
+    pub fn info(&self, id: &VmId) -> Result<VmInfo, MonitorError> {
+        Ok(self.find(id)?.info())
     }
 
-    /// A VM's configuration.
-    pub fn config(&self, _id: &VmId) -> Result<VmConfig, MonitorError> {
-        unimplemented!()
+    /// A VM's configuration, as it was given.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotFound`].
+    pub fn config(&self, id: &VmId) -> Result<VmConfig, MonitorError> {
+        Ok(self.find(id)?.config().clone())
     }
 
-    /// A VM's merge counters; zeros when it is not merged or has ended.
-    pub fn merge_stats(&self, _id: &VmId) -> Result<dedup::RegionStats, MonitorError> {
-        unimplemented!()
+    /// A VM's merge counters; zeros when it is not merged, not started or ended.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotFound`].
+    pub fn merge_stats(&self, id: &VmId) -> Result<dedup::RegionStats, MonitorError> {
+        Ok(self.find(id)?.merge_stats())
     }
 
-    /// A VM's console.
-    pub fn console(&self, _id: &VmId) -> Result<Console, MonitorError> {
-        unimplemented!()
+    /// A VM's console. It stays readable after the VM was deleted.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotFound`].
+    pub fn console(&self, id: &VmId) -> Result<Console, MonitorError> {
+        Ok(self.find(id)?.console().clone())
     }
 
     /// Waits for a VM's end; `None` when it has not ended by `deadline` or there is no such VM.
-    pub fn wait_ended(&self, _id: &VmId, _deadline: Instant) -> Option<EndReason> {
-        unimplemented!()
+    pub fn wait_ended(&self, id: &VmId, deadline: Instant) -> Option<EndReason> {
+        self.find(id).ok()?.wait_ended(deadline)
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let vms = std::mem::take(&mut *self.lock());
+        // All first, so that they go at the same time; then one after the other.
+        vms.values().for_each(|vm| vm.end(EndReason::Stopped));
+        for (id, vm) in vms {
+            if vm.state().is_alive()
+                && let Err(error) = vm.stop()
+            {
+                log::error!("vm {id}: {error}");
+            }
+        }
+        // The records above held the other senders.
+        drop(self.to_reaper.take());
+        if let Some(reaper) = self.reaper.take() {
+            reaper.join();
+        }
     }
 }

@@ -1,26 +1,176 @@
-//! Starting a VM: errors for now.
+//! What a VM is started from: the files its configuration names, opened and checked.
+
+use std::fs::File;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+use linux_loader::cmdline::Cmdline;
+
+use crate::boot::cmdline;
+use crate::boot::kernel::{self, Kernel};
+use crate::boot::{self, BootError};
+use crate::config::{ConfigError, VmConfig};
 use crate::error::ErrorKind;
+use crate::events::EventsError;
+use crate::kvm::KvmError;
+use crate::kvm::vcpu::VcpuError;
+use crate::memory::GuestMemory;
+use crate::memory::ram::RamError;
 
 /// Why a VM could not be created or started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// A file the configuration names cannot be used.
+    /// A configuration value.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file the configuration names cannot be opened.
     #[error("{field}: {path:?}: {error}")]
     File {
         /// The configuration's field.
         field: &'static str,
         /// The file.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// Why.
         #[source]
         error: std::io::Error,
     },
+    /// The kernel or the initrd cannot be loaded.
+    #[error("{field}: {path:?} {error}")]
+    Load {
+        /// The configuration's field.
+        field: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        error: BootError,
+    },
+    /// The command line or the boot tables.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Guest memory.
+    #[error("mem_size_mib: {0}")]
+    Ram(#[from] RamError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The event loop.
+    #[error(transparent)]
+    Events(#[from] EventsError),
+    /// An interrupt line or another descriptor could not be made.
+    #[error("cannot make an eventfd: {0}")]
+    EventFd(#[source] std::io::Error),
+    /// A block device.
+    #[error("drive {drive_id:?}: {problem}")]
+    Drive {
+        /// The drive.
+        drive_id: String,
+        /// What is wrong.
+        problem: String,
+    },
 }
 
 impl StartError {
-    /// Whose fault it is.
+    /// Whose fault it is: what the request names is bad, or the host has not enough.
     pub fn kind(&self) -> ErrorKind {
-        ErrorKind::InvalidInput
+        match self {
+            StartError::Config(_)
+            | StartError::File { .. }
+            | StartError::Load { .. }
+            | StartError::Boot(_)
+            | StartError::Drive { .. } => ErrorKind::InvalidInput,
+            StartError::Ram(_)
+            | StartError::Kvm(_)
+            | StartError::Vcpu(_)
+            | StartError::Events(_)
+            | StartError::EventFd(_) => ErrorKind::Internal,
+        }
     }
+}
+
+/// Opens a regular file for reading.
+///
+/// Rejected: any file. A pipe or a device would make the monitor wait, maybe for ever.
+fn open(field: &'static str, path: &Path) -> Result<File, StartError> {
+    let failed = |error| StartError::File {
+        field,
+        path: path.to_owned(),
+        error,
+    };
+    // Looked at before it is opened: opening a pipe waits for a writer.
+    let metadata = std::fs::metadata(path).map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(failed(std::io::Error::other("is not a regular file")));
+    }
+    File::open(path).map_err(failed)
+}
+
+/// Checks that the files are there, without loading them: what is known to fail at start should
+/// fail when the VM is created.
+pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
+    if !config.boot_source.is_builtin_pageload() {
+        open("kernel_image_path", &config.boot_source.kernel_image_path)?;
+    }
+    if let Some(path) = &config.boot_source.initrd_path {
+        open("initrd_path", path)?;
+    }
+    for drive in &config.drives {
+        open("path_on_host", &drive.path_on_host)?;
+    }
+    Ok(())
+}
+
+/// Loads everything into guest memory. Returns the entry point.
+pub(crate) fn load(memory: &GuestMemory, config: &VmConfig) -> Result<u64, StartError> {
+    let mem_size_bytes = config.mem_size_bytes();
+    let kernel = load_kernel(memory, config)?;
+    let initrd = match &config.boot_source.initrd_path {
+        None => None,
+        Some(path) => {
+            let field = "initrd_path";
+            let mut file = open(field, path)?;
+            let initrd = boot::load_initrd(memory, mem_size_bytes, &kernel, &mut file);
+            let failed = |error| StartError::Load {
+                field,
+                path: path.clone(),
+                error,
+            };
+            Some(initrd.map_err(failed)?)
+        }
+    };
+    let cmdline: Cmdline = cmdline::compose(config)
+        .map_err(|error| StartError::Boot(BootError::Cmdline(error.to_string())))?;
+    let vcpus = config.machine_config.vcpu_count;
+    boot::write_tables(memory, mem_size_bytes, vcpus, (&kernel, initrd, &cmdline))?;
+    Ok(kernel.entry)
+}
+
+fn load_kernel(memory: &GuestMemory, config: &VmConfig) -> Result<Kernel, StartError> {
+    let field = "kernel_image_path";
+    let path = &config.boot_source.kernel_image_path;
+    let mem_size_bytes = config.mem_size_bytes();
+    let loaded = if config.boot_source.is_builtin_pageload() {
+        let image = builtin_pageload().ok_or_else(|| StartError::File {
+            field,
+            path: path.clone(),
+            error: std::io::Error::other("this program was built without the embedded guest"),
+        })?;
+        kernel::load(memory, mem_size_bytes, &mut Cursor::new(image))
+    } else {
+        kernel::load(memory, mem_size_bytes, &mut open(field, path)?)
+    };
+    loaded.map_err(|error| StartError::Load {
+        field,
+        path: path.clone(),
+        error: error.into(),
+    })
+}
+
+/// The bytes of the embedded bare-metal guest.
+fn builtin_pageload() -> Option<&'static [u8]> {
+    None
 }

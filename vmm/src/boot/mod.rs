@@ -1,3 +1,131 @@
-//! What a guest finds in its memory when it starts.
+//! What a guest finds in its memory when it starts, by the 64-bit boot protocol of Linux.
 
 pub mod cmdline;
+pub(crate) mod kernel;
+pub(crate) mod mptable;
+pub(crate) mod params;
+pub(crate) mod tables;
+
+use std::io::{Read, Seek};
+
+use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::load_cmdline;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, ReadVolatile};
+
+use crate::memory::GuestMemory;
+use crate::memory::layout::{CMDLINE_ADDRESS, EBDA_ADDRESS, HIMEM_ADDRESS, low_ram_end};
+pub use kernel::KernelError;
+use params::Initrd;
+
+const PAGE: u64 = 0x1000;
+
+/// Errors of loading a guest.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BootError {
+    /// The kernel. The caller names the file.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initrd could not be read. The caller names the file.
+    #[error("cannot read it: {0}")]
+    Initrd(#[source] std::io::Error),
+    /// The initrd does not fit above the kernel.
+    #[error(
+        "of {size_bytes} bytes does not fit between the kernel's end at {kernel_end:#x} and the \
+         end of memory at {ram_end:#x} given by mem_size_mib"
+    )]
+    InitrdTooLarge {
+        /// Length of the initrd.
+        size_bytes: u64,
+        /// End of the kernel.
+        kernel_end: u64,
+        /// End of low RAM.
+        ram_end: u64,
+    },
+    /// The command line.
+    #[error("boot_args: {0}")]
+    Cmdline(String),
+    /// A table could not be written to guest memory.
+    #[error("cannot write boot tables: {0}")]
+    Memory(#[from] GuestMemoryError),
+    /// The zero page could not be written to guest memory.
+    #[error("cannot write boot parameters: {0}")]
+    Params(#[from] linux_loader::configurator::Error),
+}
+
+/// Puts the initrd at the end of low RAM, page-aligned, away from where kernels unpack and grow.
+pub(crate) fn load_initrd<F>(
+    memory: &GuestMemory,
+    mem_size_bytes: u64,
+    kernel: &kernel::Kernel,
+    image: &mut F,
+) -> Result<Initrd, BootError>
+where
+    F: Read + ReadVolatile + Seek,
+{
+    let size_bytes = image
+        .seek(std::io::SeekFrom::End(0))
+        .map_err(BootError::Initrd)?;
+    image.rewind().map_err(BootError::Initrd)?;
+    // A bzImage says how high its initrd may reach (inclusive).
+    let limit = kernel
+        .header
+        .map_or(u64::MAX, |header| u64::from(header.initrd_addr_max) + 1);
+    let ram_end = low_ram_end(mem_size_bytes).min(limit);
+    let too_large = BootError::InitrdTooLarge {
+        size_bytes,
+        kernel_end: kernel.end,
+        ram_end,
+    };
+    let address = ram_end
+        .checked_sub(size_bytes)
+        .map(|address| address & !(PAGE - 1));
+    let address = match address {
+        Some(address) if address >= kernel.end.max(HIMEM_ADDRESS) => address,
+        _ => return Err(too_large),
+    };
+    let (Ok(guest_address), Ok(size), Ok(length)) = (
+        u32::try_from(address),
+        u32::try_from(size_bytes),
+        usize::try_from(size_bytes),
+    ) else {
+        return Err(too_large);
+    };
+    memory
+        .read_exact_volatile_from(GuestAddress(address), image, length)
+        .map_err(|error| BootError::Initrd(std::io::Error::other(error)))?;
+    Ok(Initrd {
+        address: guest_address,
+        size_bytes: size,
+    })
+}
+
+/// Writes command line, zero page, page tables, GDT and MP table.
+pub(crate) fn write_tables(
+    memory: &GuestMemory,
+    mem_size_bytes: u64,
+    vcpu_count: u8,
+    guest: (&kernel::Kernel, Option<Initrd>, &Cmdline),
+) -> Result<(), BootError> {
+    let (kernel, initrd, cmdline) = guest;
+    load_cmdline(memory, GuestAddress(CMDLINE_ADDRESS), cmdline)
+        .map_err(|error| BootError::Cmdline(error.to_string()))?;
+    let text = cmdline
+        .as_cstring()
+        .map_err(|error| BootError::Cmdline(error.to_string()))?;
+    let cmdline_len = u32::try_from(text.as_bytes_with_nul().len())
+        .map_err(|error| BootError::Cmdline(error.to_string()))?;
+    params::write(
+        memory,
+        &params::build(mem_size_bytes, kernel.header, cmdline_len, initrd),
+    )?;
+    tables::write_page_tables(memory)?;
+    tables::write_gdt(memory)?;
+    // The address is a constant below 1 MiB.
+    let mp_address = u32::try_from(EBDA_ADDRESS).unwrap_or_default();
+    memory.write_slice(
+        &mptable::build(mp_address, vcpu_count),
+        GuestAddress(EBDA_ADDRESS),
+    )?;
+    Ok(())
+}

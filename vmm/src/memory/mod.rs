@@ -1,5 +1,12 @@
 //! Guest memory: where it lies for the guest and how the monitor reaches it.
 
+pub mod layout;
+#[expect(
+    unsafe_code,
+    reason = "builds guest memory over a mapping that it keeps alive"
+)]
+pub(crate) mod ram;
+
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
 

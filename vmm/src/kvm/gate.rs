@@ -1,0 +1,157 @@
+//! The gate all vCPUs of a VM pass before each entry into the guest: run, stand still, or leave.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// What the vCPUs are to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Order {
+    /// Run the guest.
+    Run = 0,
+    /// Stand still at the gate.
+    Pause = 1,
+    /// Leave the gate for good. Never taken back.
+    Exit = 2,
+}
+
+/// The gate of one VM.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    /// Mirror of the order, written under the lock: what the fast path reads.
+    order: AtomicU8,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    order: Order,
+    /// vCPUs that neither stand still nor have left.
+    passing: usize,
+}
+
+impl Gate {
+    /// A closed gate for `vcpus` vCPUs: they stand still until told to run.
+    pub(crate) fn new(vcpus: usize) -> Gate {
+        Gate {
+            order: AtomicU8::new(Order::Pause as u8),
+            state: Mutex::new(State {
+                order: Order::Pause,
+                passing: vcpus,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets the order. The caller kicks the vCPUs out of the guest afterwards.
+    pub(crate) fn set(&self, order: Order) {
+        let mut state = self.lock();
+        if state.order != Order::Exit {
+            state.order = order;
+            self.order.store(order as u8, Ordering::SeqCst);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// For a vCPU: waits while the order is to stand still. Returns whether to run the guest; if
+    /// not, the vCPU leaves.
+    pub(crate) fn pass(&self) -> bool {
+        if self.order.load(Ordering::SeqCst) == Order::Run as u8 {
+            return true;
+        }
+        let mut state = self.lock();
+        state.passing -= 1;
+        self.changed.notify_all();
+        let paused = |state: &mut State| state.order == Order::Pause;
+        state = self
+            .changed
+            .wait_while(state, paused)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.passing += 1;
+        state.order == Order::Run
+    }
+
+    /// For a vCPU that is over: it is not waited for any more.
+    pub(crate) fn leave(&self) {
+        self.lock().passing -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until every vCPU stands still or has left.
+    pub(crate) fn wait_still(&self) {
+        let state = self.lock();
+        let moving = |state: &mut State| state.passing > 0 && state.order == Order::Pause;
+        drop(
+            self.changed
+                .wait_while(state, moving)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+
+    #[test]
+    fn vcpus_stand_still_run_and_leave_as_ordered() {
+        let gate = Arc::new(Gate::new(2));
+        let rounds = Arc::new(AtomicU64::new(0));
+        let threads: Vec<_> = (0..2)
+            .map(|_| {
+                let (gate, rounds) = (gate.clone(), rounds.clone());
+                std::thread::spawn(move || {
+                    while gate.pass() {
+                        rounds.fetch_add(1, Ordering::SeqCst);
+                        std::thread::yield_now();
+                    }
+                    gate.leave();
+                })
+            })
+            .collect();
+        gate.wait_still();
+        assert_eq!(rounds.load(Ordering::SeqCst), 0, "closed at first");
+        for _ in 0..50 {
+            let before = rounds.load(Ordering::SeqCst);
+            gate.set(Order::Run);
+            while rounds.load(Ordering::SeqCst) == before {
+                std::thread::yield_now();
+            }
+            gate.set(Order::Pause);
+            gate.wait_still();
+            let still = rounds.load(Ordering::SeqCst);
+            std::thread::yield_now();
+            assert_eq!(rounds.load(Ordering::SeqCst), still);
+        }
+        gate.set(Order::Exit);
+        threads
+            .into_iter()
+            .for_each(|thread| thread.join().unwrap());
+    }
+
+    #[test]
+    fn exit_is_never_taken_back() {
+        let gate = Gate::new(1);
+        gate.set(Order::Exit);
+        gate.set(Order::Run);
+        assert!(!gate.pass());
+    }
+
+    #[test]
+    fn a_vcpu_that_left_is_not_waited_for() {
+        let gate = Gate::new(1);
+        gate.set(Order::Run);
+        assert!(gate.pass());
+        gate.leave();
+        gate.set(Order::Pause);
+        gate.wait_still();
+    }
+}

@@ -1,0 +1,191 @@
+//! vCPUs: their set-up and the threads that run them.
+//!
+//! One thread per vCPU. It spends its time in KVM_RUN, where a halted guest CPU sleeps in the
+//! kernel, or at the [`Gate`], where a paused one does: there is no loop that polls. To get a vCPU
+//! out of the guest, another thread sets the gate's order, then the `immediate_exit` flag (for a
+//! vCPU that is about to enter), then sends a signal (for one that is inside).
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuFd, VmFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::KvmError;
+use super::cpuid::{Topology, for_vcpu};
+use super::exit::{Next, Platform, run_once};
+use super::gate::{Gate, Order};
+use super::registers;
+use super::run_page::Kick;
+use crate::panics;
+use crate::state::EndReason;
+
+/// Called once by the vCPU thread that found the VM's end. Must not wait for vCPU threads.
+pub(crate) type OnEnd = Arc<dyn Fn(EndReason) + Send + Sync>;
+
+/// Errors of starting vCPU threads.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VcpuError {
+    /// KVM refused something.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The signal that stops vCPUs cannot be handled.
+    #[error("cannot handle signal {signal}: {error}")]
+    Signal {
+        /// Its number.
+        signal: i32,
+        /// The host's answer.
+        #[source]
+        error: vmm_sys_util::errno::Error,
+    },
+    /// The thread could not be started.
+    #[error("cannot start the thread of vcpu {index}: {error}")]
+    Spawn {
+        /// The vCPU.
+        index: u8,
+        /// The host's answer.
+        #[source]
+        error: std::io::Error,
+    },
+}
+
+/// Creates and sets up all vCPUs; the first starts at `entry`, the others wait for the guest's
+/// start-up interrupt.
+pub(crate) fn create(
+    vm: &VmFd,
+    supported: &CpuId,
+    topology: Topology,
+    entry: u64,
+) -> Result<Vec<VcpuFd>, KvmError> {
+    let mut vcpus = Vec::new();
+    for index in 0..topology.vcpus {
+        let vcpu = vm
+            .create_vcpu(u64::from(index))
+            .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        let cpuid = for_vcpu(supported, index, topology);
+        vcpu.set_cpuid2(&cpuid)
+            .map_err(KvmError::of("KVM_SET_CPUID2"))?;
+        registers::set_msrs(&vcpu)?;
+        registers::set_fpu(&vcpu)?;
+        registers::set_lint(&vcpu)?;
+        if index == 0 {
+            registers::set_sregs(&vcpu)?;
+            registers::set_regs(&vcpu, entry)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// The vCPU threads of one VM. They stand still until [`VcpuThreads::set`] says otherwise.
+#[derive(Debug)]
+pub(crate) struct VcpuThreads {
+    gate: Arc<Gate>,
+    threads: Vec<(JoinHandle<()>, Arc<Kick>)>,
+}
+
+impl VcpuThreads {
+    /// Starts one thread for each of `vcpus`, named after `name`.
+    pub(crate) fn spawn(
+        vcpus: Vec<VcpuFd>,
+        name: &str,
+        platform: &Arc<Platform>,
+        on_end: &OnEnd,
+    ) -> Result<VcpuThreads, VcpuError> {
+        handle_kick_signal()?;
+        let gate = Arc::new(Gate::new(vcpus.len()));
+        let mut threads = VcpuThreads {
+            gate: gate.clone(),
+            threads: Vec::new(),
+        };
+        for (index, vcpu) in (0..).zip(vcpus) {
+            let kick = Arc::new(Kick::default());
+            let (gate, platform, on_end) = (gate.clone(), platform.clone(), on_end.clone());
+            let kicked = kick.clone();
+            // On failure the threads started so far are told to leave and joined by `Drop`.
+            let thread = std::thread::Builder::new()
+                .name(format!("v{index}:{name}"))
+                .spawn(move || thread_main(vcpu, &gate, &kicked, &platform, &on_end))
+                .map_err(|error| VcpuError::Spawn { index, error })?;
+            threads.threads.push((thread, kick));
+        }
+        Ok(threads)
+    }
+
+    /// Tells all vCPUs what to do and gets them out of the guest to see it. Does not wait.
+    pub(crate) fn set(&self, order: Order) {
+        self.gate.set(order);
+        if order == Order::Run {
+            return;
+        }
+        for (thread, kick) in &self.threads {
+            kick.request();
+            // A thread that is over already needs no signal.
+            if let Err(error) = thread.kill(SIGRTMIN()) {
+                log::debug!("no signal to vcpu thread: {error}");
+            }
+        }
+    }
+
+    /// Waits until all vCPUs stand still (or have left), after `set(Order::Pause)`.
+    pub(crate) fn wait_still(&self) {
+        self.gate.wait_still();
+    }
+
+    /// Waits until all threads are over, after `set(Order::Exit)`.
+    fn join(&mut self) {
+        for (thread, _) in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a vcpu thread panicked outside of its guard");
+            }
+        }
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.set(Order::Exit);
+        self.join();
+    }
+}
+
+/// The signal's only purpose is to interrupt KVM_RUN, so its handler does nothing.
+fn handle_kick_signal() -> Result<(), VcpuError> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    let signal = SIGRTMIN();
+    register_signal_handler(signal, nothing).map_err(|error| VcpuError::Signal { signal, error })
+}
+
+fn thread_main(vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform, on_end: &OnEnd) {
+    // A panic (of a device, most likely) ends this VM and no other.
+    let ended = catch_unwind(AssertUnwindSafe(|| run(vcpu, gate, kick, platform)));
+    gate.leave();
+    match ended {
+        Ok(None) => {}
+        Ok(Some(reason)) => on_end(reason),
+        Err(payload) => {
+            let text = panics::text(&*payload);
+            on_end(EndReason::Error(format!("vcpu thread panicked: {text}")));
+        }
+    }
+}
+
+/// Runs the guest until its end (a reason) or until the gate says so (`None`).
+fn run(mut vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform) -> Option<EndReason> {
+    // Declared after, hence dropped before the vCPU.
+    let armed = kick.arm(&mut vcpu);
+    loop {
+        if !gate.pass() {
+            return None;
+        }
+        match run_once(&mut vcpu, platform) {
+            Next::Enter => {}
+            // Before the gate is looked at: a request that comes later is then not lost.
+            Next::Look => armed.clear(),
+            Next::End(reason) => return Some(reason),
+        }
+    }
+}

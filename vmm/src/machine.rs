@@ -1,0 +1,236 @@
+//! A VM's running part: memory, KVM, devices, vCPU threads; how it is put together and taken down.
+
+use std::sync::{Arc, Mutex};
+
+use dedup::{Engine, RegionStats};
+use event_manager::SubscriberId;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Kvm, VmFd};
+
+use crate::bus::MmioBus;
+use crate::config::VmConfig;
+use crate::console::Console;
+use crate::device::Ports;
+use crate::device::cmos::Cmos;
+use crate::device::i8042::{self, I8042, NobodyListens};
+use crate::device::irq::IrqLine;
+use crate::device::report::ReportPort;
+use crate::device::serial::{self, SerialPort};
+use crate::events::EventRemote;
+use crate::id::VmId;
+use crate::kvm::cpuid::Topology;
+use crate::kvm::exit::Platform;
+use crate::kvm::gate::Order;
+use crate::kvm::vcpu::{self, OnEnd, VcpuThreads};
+use crate::kvm::{KvmError, vm};
+use crate::memory::GuestMemory;
+use crate::memory::ram::Ram;
+use crate::start::{self, StartError};
+
+/// What a machine takes from its monitor.
+#[derive(Debug)]
+pub(crate) struct Host {
+    pub(crate) kvm: Kvm,
+    pub(crate) supported_cpuid: CpuId,
+    pub(crate) engine: Engine,
+    pub(crate) events: EventRemote,
+}
+
+impl Host {
+    /// Opens `/dev/kvm` and asks what its CPUs can do.
+    pub(crate) fn open_kvm() -> Result<(Kvm, CpuId), KvmError> {
+        let kvm = Kvm::new().map_err(KvmError::of("open /dev/kvm"))?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok((kvm, supported))
+    }
+}
+
+/// What a machine shares with its VM's record, which outlives it.
+#[derive(Clone)]
+pub(crate) struct Outside {
+    pub(crate) id: VmId,
+    pub(crate) console: Console,
+    pub(crate) report: Arc<ReportPort>,
+    pub(crate) on_end: OnEnd,
+}
+
+/// A running VM.
+///
+/// Fields are declared in the order of [`Machine::tear_down`], so that dropping one in the middle
+/// of its assembly keeps the same order.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    vcpus: VcpuThreads,
+    subscribers: Subscribers,
+    platform: Arc<Platform>,
+    vm: Arc<VmFd>,
+    ram: Ram,
+}
+
+impl Machine {
+    /// Maps and fills memory, makes the VM, its devices and its vCPUs, which stand still yet.
+    ///
+    /// On an error everything made so far is gone again.
+    pub(crate) fn assemble(
+        host: &Host,
+        config: &VmConfig,
+        outside: &Outside,
+    ) -> Result<Machine, StartError> {
+        let engine = config.samepage.merge.then_some(&host.engine);
+        let ram = Ram::new(config.mem_size_bytes(), engine)?;
+        match assemble_over(host, config, outside, ram.memory()) {
+            Ok((vcpus, subscribers, platform, vm)) => Ok(Machine {
+                vcpus,
+                subscribers,
+                platform,
+                vm,
+                ram,
+            }),
+            Err(error) => {
+                if let Err(leak) = ram.release() {
+                    log::error!("vm {}: {leak}", outside.id);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Tells the vCPUs to run.
+    pub(crate) fn run(&self) {
+        self.vcpus.set(Order::Run);
+    }
+
+    /// Tells the vCPUs to stand still and waits until they do.
+    pub(crate) fn pause(&self) {
+        self.vcpus.set(Order::Pause);
+        self.vcpus.wait_still();
+    }
+
+    /// Tells the vCPUs to leave, without waiting.
+    pub(crate) fn begin_exit(&self) {
+        self.vcpus.set(Order::Exit);
+    }
+
+    /// Presses ctrl-alt-del.
+    pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), NobodyListens> {
+        let i8042 = &self.platform.ports.i8042;
+        i8042
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .press_ctrl_alt_del()
+    }
+
+    /// Counters of the merge engine.
+    pub(crate) fn merge_stats(&self) -> RegionStats {
+        self.ram.merge_stats()
+    }
+
+    /// Takes the VM down. Nothing of it is left when this returns, and its memory was handed over.
+    ///
+    /// The order is DESIGN 2.3, step 0: vCPUs, then device queues, then every view of the memory,
+    /// then the memory itself.
+    pub(crate) fn tear_down(self, id: &VmId) {
+        let Machine {
+            vcpus,
+            subscribers,
+            platform,
+            vm,
+            ram,
+        } = self;
+        drop(vcpus);
+        drop(subscribers);
+        drop(platform);
+        drop(vm);
+        if let Err(leak) = ram.release() {
+            log::error!("vm {id}: {leak}");
+        }
+    }
+}
+
+type Assembled = (VcpuThreads, Subscribers, Arc<Platform>, Arc<VmFd>);
+
+fn assemble_over(
+    host: &Host,
+    config: &VmConfig,
+    outside: &Outside,
+    memory: &GuestMemory,
+) -> Result<Assembled, StartError> {
+    let entry = start::load(memory, config)?;
+    let vm = Arc::new(vm::create(&host.kvm, memory)?);
+    let ports = make_ports(&vm, config, outside)?;
+    let mut mmio = MmioBus::new();
+    let subscribers = attach_drives(host, config, outside, (&vm, memory, &mut mmio))?;
+    let platform = Arc::new(Platform {
+        ports,
+        mmio,
+        memory: memory.clone(),
+    });
+    let machine = &config.machine_config;
+    let topology = Topology {
+        vcpus: machine.vcpu_count,
+        smt: machine.smt,
+    };
+    let vcpus = vcpu::create(&vm, &host.supported_cpuid, topology, entry)?;
+    let name = outside.id.as_str();
+    let vcpus = VcpuThreads::spawn(vcpus, name, &platform, &outside.on_end)?;
+    Ok((vcpus, subscribers, platform, vm))
+}
+
+fn make_ports(vm: &VmFd, config: &VmConfig, outside: &Outside) -> Result<Ports, StartError> {
+    let line = || IrqLine::new().map_err(StartError::EventFd);
+    let connect = |line: &IrqLine, gsi| {
+        vm.register_irqfd(line.event(), gsi)
+            .map_err(KvmError::of("KVM_IRQFD"))
+    };
+    let serial = SerialPort::new(line()?, &outside.console);
+    serial.with_irq(|line| connect(line, serial::IRQ))?;
+    let i8042 = I8042::new(line()?);
+    connect(i8042.irq(), i8042::IRQ)?;
+    Ok(Ports {
+        serial,
+        i8042: Mutex::new(i8042),
+        cmos: Mutex::new(Cmos::new(config.mem_size_bytes())),
+        report: outside.report.clone(),
+    })
+}
+
+/// Where a device is attached: interrupts, memory, registers.
+type Slots<'a> = (&'a Arc<VmFd>, &'a GuestMemory, &'a mut MmioBus);
+
+fn attach_drives(
+    host: &Host,
+    config: &VmConfig,
+    _outside: &Outside,
+    _slots: Slots<'_>,
+) -> Result<Subscribers, StartError> {
+    let subscribers = Subscribers {
+        events: host.events.clone(),
+        ids: Vec::new(),
+    };
+    match config.drives.first() {
+        None => Ok(subscribers),
+        Some(drive) => Err(StartError::Drive {
+            drive_id: drive.drive_id.clone(),
+            problem: "not supported yet".to_owned(),
+        }),
+    }
+}
+
+/// The device queues of a VM on the event loop; taken off it when dropped.
+#[derive(Debug)]
+struct Subscribers {
+    events: EventRemote,
+    ids: Vec<SubscriberId>,
+}
+
+impl Drop for Subscribers {
+    fn drop(&mut self) {
+        for id in self.ids.drain(..) {
+            if let Err(error) = self.events.remove(id) {
+                log::error!("cannot take a device off the event loop: {error}");
+            }
+        }
+    }
+}

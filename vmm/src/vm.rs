@@ -1,0 +1,300 @@
+//! The record of one VM: its configuration, its state, and its machine while it has one.
+//!
+//! Every change of state goes through [`Vm`]'s one lock, judged by [`VmState::after`]. Who finds
+//! the VM's end (a vCPU thread, a device, the API) takes the machine out of the record, so that it
+//! is taken exactly once, and sends it to the reaper; `Ended` is published when the reaper is done.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+use dedup::RegionStats;
+
+use crate::config::VmConfig;
+use crate::console::Console;
+use crate::device::report::ReportPort;
+use crate::error::MonitorError;
+use crate::id::VmId;
+use crate::info::VmInfo;
+use crate::machine::{Host, Machine, Outside};
+use crate::state::{EndReason, Step, VmState};
+
+/// A machine whose VM is over, on its way to the reaper.
+pub(crate) struct Corpse {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) machine: Machine,
+    pub(crate) reason: EndReason,
+}
+
+/// One VM of a monitor.
+pub(crate) struct Vm {
+    id: VmId,
+    config: VmConfig,
+    console: Console,
+    report: Arc<ReportPort>,
+    reaper: Sender<Corpse>,
+    cell: Mutex<Cell>,
+    changed: Condvar,
+}
+
+struct Cell {
+    /// What the outside sees.
+    state: VmState,
+    /// There exactly while `state` is alive and the end was not found yet.
+    machine: Option<Machine>,
+    /// A start is under way; the record is `NotStarted` until it succeeded.
+    is_starting: bool,
+}
+
+impl Vm {
+    /// A VM that was never started.
+    pub(crate) fn new(id: VmId, config: VmConfig, reaper: Sender<Corpse>) -> Vm {
+        let cell = Cell {
+            state: VmState::NotStarted,
+            machine: None,
+            is_starting: false,
+        };
+        Vm {
+            id,
+            config,
+            console: Console::new(),
+            report: Arc::default(),
+            reaper,
+            cell: Mutex::new(cell),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Cell> {
+        // Every change of the cell is one assignment: a panic leaves none half done.
+        self.cell.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    pub(crate) fn console(&self) -> &Console {
+        &self.console
+    }
+
+    pub(crate) fn state(&self) -> VmState {
+        self.lock().state.clone()
+    }
+
+    pub(crate) fn info(&self) -> VmInfo {
+        VmInfo {
+            id: self.id.clone(),
+            state: self.state(),
+            merge_domain: self.config.samepage.merge_domain.clone(),
+            merge: self.config.samepage.merge,
+            mem_size_bytes: self.config.mem_size_bytes(),
+            vcpu_count: self.config.machine_config.vcpu_count,
+            oom_priority: self.config.samepage.oom_priority,
+            report: self.report.report(),
+        }
+    }
+
+    pub(crate) fn merge_stats(&self) -> RegionStats {
+        self.lock()
+            .machine
+            .as_ref()
+            .map(Machine::merge_stats)
+            .unwrap_or_default()
+    }
+
+    /// Assembles the machine and lets it run. On failure the VM is as before.
+    pub(crate) fn start(self: &Arc<Vm>, host: &Host) -> Result<(), MonitorError> {
+        let running = {
+            let mut cell = self.lock();
+            let running = cell.state.after(Step::Start);
+            let running = running.ok().filter(|_| !cell.is_starting).ok_or_else(|| {
+                MonitorError::AlreadyStarted {
+                    id: self.id.clone(),
+                    state: cell.state.clone(),
+                }
+            })?;
+            cell.is_starting = true;
+            running
+        };
+        // Without the lock: loading a kernel takes a while, and `list` should not wait for it.
+        let _starting = Starting(self);
+        let outside = Outside {
+            id: self.id.clone(),
+            console: self.console.clone(),
+            report: self.report.clone(),
+            on_end: self.on_end(),
+        };
+        let machine = Machine::assemble(host, &self.config, &outside).map_err(|error| {
+            MonitorError::Start {
+                id: self.id.clone(),
+                error,
+            }
+        })?;
+        let mut cell = self.lock();
+        // A vCPU that ends at once waits for this lock, and then finds the machine.
+        machine.run();
+        cell.machine = Some(machine);
+        cell.state = running;
+        Ok(())
+    }
+
+    /// What vCPU threads and devices call. Weak: a VM must not keep itself alive by its threads.
+    fn on_end(self: &Arc<Vm>) -> Arc<dyn Fn(EndReason) + Send + Sync> {
+        let weak: Weak<Vm> = Arc::downgrade(self);
+        Arc::new(move |reason| {
+            if let Some(vm) = weak.upgrade() {
+                vm.end(reason);
+            }
+        })
+    }
+
+    /// Ends the VM, if it is alive and nobody else did. Does not wait.
+    ///
+    /// Any thread may call this, vCPU threads and the event loop included, with no device lock held.
+    pub(crate) fn end(self: &Arc<Vm>, reason: EndReason) {
+        let Some(machine) = self.lock().machine.take() else {
+            return;
+        };
+        log::info!("vm {}: {reason}", self.id);
+        machine.begin_exit();
+        let corpse = Corpse {
+            vm: self.clone(),
+            machine,
+            reason,
+        };
+        if let Err(unsent) = self.reaper.send(corpse) {
+            // The monitor ends every VM before its reaper: this is a monitor being dropped late.
+            let Corpse {
+                machine, reason, ..
+            } = unsent.0;
+            machine.tear_down(&self.id);
+            self.publish_end(reason);
+        }
+    }
+
+    /// For the reaper: the machine is gone.
+    pub(crate) fn publish_end(&self, reason: EndReason) {
+        let mut cell = self.lock();
+        match cell.state.after(Step::End(reason)) {
+            Ok(ended) => cell.state = ended,
+            Err(illegal) => log::error!("vm {}: {illegal}", self.id),
+        }
+        drop(cell);
+        self.console.end();
+        self.changed.notify_all();
+    }
+
+    /// Pauses or resumes. Pausing returns when all vCPUs stand still.
+    pub(crate) fn pause_or_resume(&self, step: Step) -> Result<(), MonitorError> {
+        let mut cell = self.lock();
+        let next = cell
+            .state
+            .after(step)
+            .map_err(|step| MonitorError::IllegalStep {
+                id: self.id.clone(),
+                step,
+            })?;
+        // Lock order: cell -> gate. No vCPU on its way to the gate needs the cell.
+        let machine = cell
+            .machine
+            .as_ref()
+            .ok_or(MonitorError::Ending(self.id.clone()))?;
+        match next {
+            VmState::Paused => machine.pause(),
+            _ => machine.run(),
+        }
+        cell.state = next;
+        Ok(())
+    }
+
+    /// Presses ctrl-alt-del.
+    pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), MonitorError> {
+        let cell = self.lock();
+        let Some(machine) = cell.machine.as_ref() else {
+            // Whatever the state, without a machine it says why keys go nowhere.
+            let step = Step::Resume;
+            let step = crate::state::IllegalStep {
+                from: cell.state.clone(),
+                step,
+            };
+            return Err(MonitorError::IllegalStep {
+                id: self.id.clone(),
+                step,
+            });
+        };
+        machine
+            .press_ctrl_alt_del()
+            .map_err(|_| MonitorError::NoKeyboard(self.id.clone()))
+    }
+
+    /// Ends the VM by request and waits until its memory was handed over. A VM that has ended
+    /// already stays ended for its own reason.
+    pub(crate) fn stop(self: &Arc<Vm>) -> Result<(), MonitorError> {
+        let mut cell = self.lock();
+        // A start that is under way is let through first: then there is something to stop.
+        let starting = |cell: &mut Cell| cell.is_starting;
+        cell = self
+            .changed
+            .wait_while(cell, starting)
+            .unwrap_or_else(PoisonError::into_inner);
+        if cell.state == VmState::NotStarted {
+            let step = Step::End(EndReason::Stopped);
+            let from = VmState::NotStarted;
+            let step = crate::state::IllegalStep { from, step };
+            return Err(MonitorError::IllegalStep {
+                id: self.id.clone(),
+                step,
+            });
+        }
+        drop(cell);
+        self.end(EndReason::Stopped);
+        let alive = |cell: &mut Cell| cell.state.is_alive();
+        let cell = self.lock();
+        drop(
+            self.changed
+                .wait_while(cell, alive)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        Ok(())
+    }
+
+    /// Whether it can be forgotten.
+    pub(crate) fn is_deletable(&self) -> bool {
+        let cell = self.lock();
+        !cell.is_starting && !cell.state.is_alive()
+    }
+
+    /// Waits for the end until `deadline`.
+    pub(crate) fn wait_ended(&self, deadline: Instant) -> Option<EndReason> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let going = |cell: &mut Cell| !matches!(cell.state, VmState::Ended(_));
+        let (cell, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), left, going)
+            .unwrap_or_else(PoisonError::into_inner);
+        match &cell.state {
+            VmState::Ended(reason) => Some(reason.clone()),
+            _ => None,
+        }
+    }
+}
+
+/// A start under way; over when dropped, however it went.
+struct Starting<'a>(&'a Arc<Vm>);
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.lock().is_starting = false;
+        self.0.changed.notify_all();
+    }
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm")
+            .field("id", &self.id)
+            .field("state", &self.state())
+            .finish()
+    }
+}
