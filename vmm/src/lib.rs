@@ -5,6 +5,7 @@ pub mod bus;
 pub mod config;
 pub mod console;
 mod device;
+mod drives;
 pub mod error;
 pub mod events;
 pub mod id;
@@ -17,6 +18,7 @@ mod panics;
 mod reaper;
 pub mod start;
 pub mod state;
+pub mod virtio;
 mod vm;
 
 pub use config::VmConfig;

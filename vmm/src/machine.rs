@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex};
 
 use dedup::{Engine, RegionStats};
-use event_manager::SubscriberId;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -16,6 +15,7 @@ use crate::device::i8042::{self, I8042, NobodyListens};
 use crate::device::irq::IrqLine;
 use crate::device::report::ReportPort;
 use crate::device::serial::{self, SerialPort};
+use crate::drives::{self, Subscribers};
 use crate::events::EventRemote;
 use crate::id::VmId;
 use crate::kvm::cpuid::Topology;
@@ -161,7 +161,7 @@ fn assemble_over(
     let vm = Arc::new(vm::create(&host.kvm, memory)?);
     let ports = make_ports(&vm, config, outside)?;
     let mut mmio = MmioBus::new();
-    let subscribers = attach_drives(host, config, outside, (&vm, memory, &mut mmio))?;
+    let subscribers = drives::attach(host, config, outside, (&vm, memory, &mut mmio))?;
     let platform = Arc::new(Platform {
         ports,
         mmio,
@@ -194,43 +194,4 @@ fn make_ports(vm: &VmFd, config: &VmConfig, outside: &Outside) -> Result<Ports, 
         cmos: Mutex::new(Cmos::new(config.mem_size_bytes())),
         report: outside.report.clone(),
     })
-}
-
-/// Where a device is attached: interrupts, memory, registers.
-type Slots<'a> = (&'a Arc<VmFd>, &'a GuestMemory, &'a mut MmioBus);
-
-fn attach_drives(
-    host: &Host,
-    config: &VmConfig,
-    _outside: &Outside,
-    _slots: Slots<'_>,
-) -> Result<Subscribers, StartError> {
-    let subscribers = Subscribers {
-        events: host.events.clone(),
-        ids: Vec::new(),
-    };
-    match config.drives.first() {
-        None => Ok(subscribers),
-        Some(drive) => Err(StartError::Drive {
-            drive_id: drive.drive_id.clone(),
-            problem: "not supported yet".to_owned(),
-        }),
-    }
-}
-
-/// The device queues of a VM on the event loop; taken off it when dropped.
-#[derive(Debug)]
-struct Subscribers {
-    events: EventRemote,
-    ids: Vec<SubscriberId>,
-}
-
-impl Drop for Subscribers {
-    fn drop(&mut self) {
-        for id in self.ids.drain(..) {
-            if let Err(error) = self.events.remove(id) {
-                log::error!("cannot take a device off the event loop: {error}");
-            }
-        }
-    }
 }

@@ -48,9 +48,13 @@ impl Monitor {
     ///
     /// # Errors
     /// [`MonitorError::Host`] when KVM or a thread is not to be had.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "settings belong to the monitor: what else it keeps of them is no caller's concern"
+    )]
     pub fn new(domain: MergeDomain, settings: dedup::Settings) -> Result<Monitor, MonitorError> {
         let (kvm, supported_cpuid) = Host::open_kvm().map_err(host_error("kvm"))?;
-        let engine = dedup::Engine::new(settings).map_err(host_error("merge engine"))?;
+        let engine = dedup::Engine::new(&settings).map_err(host_error("merge engine"))?;
         let events = EventLoop::new().map_err(host_error("event loop"))?;
         let (reaper, to_reaper) = Reaper::spawn().map_err(host_error("reaper thread"))?;
         Ok(Monitor {

@@ -4,11 +4,10 @@ use std::fs::File;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use linux_loader::cmdline::Cmdline;
-
-use crate::boot::cmdline;
+use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, BootError};
+use crate::bus::BusError;
 use crate::config::{ConfigError, VmConfig};
 use crate::error::ErrorKind;
 use crate::events::EventsError;
@@ -16,6 +15,7 @@ use crate::kvm::KvmError;
 use crate::kvm::vcpu::VcpuError;
 use crate::memory::GuestMemory;
 use crate::memory::ram::RamError;
+use crate::virtio::{Disk, DiskError, SlotError};
 
 /// Why a VM could not be created or started.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +49,9 @@ pub enum StartError {
     /// The command line or the boot tables.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The command line.
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
     /// Guest memory.
     #[error("mem_size_mib: {0}")]
     Ram(#[from] RamError),
@@ -64,14 +67,15 @@ pub enum StartError {
     /// An interrupt line or another descriptor could not be made.
     #[error("cannot make an eventfd: {0}")]
     EventFd(#[source] std::io::Error),
-    /// A block device.
-    #[error("drive {drive_id:?}: {problem}")]
-    Drive {
-        /// The drive.
-        drive_id: String,
-        /// What is wrong.
-        problem: String,
-    },
+    /// A drive's file.
+    #[error("path_on_host: {0}")]
+    Disk(#[from] DiskError),
+    /// A place for a device.
+    #[error("drives: {0}")]
+    Slot(#[from] SlotError),
+    /// A device's place is taken.
+    #[error(transparent)]
+    Bus(#[from] BusError),
 }
 
 impl StartError {
@@ -82,11 +86,14 @@ impl StartError {
             | StartError::File { .. }
             | StartError::Load { .. }
             | StartError::Boot(_)
-            | StartError::Drive { .. } => ErrorKind::InvalidInput,
+            | StartError::Cmdline(_)
+            | StartError::Disk(_)
+            | StartError::Slot(_) => ErrorKind::InvalidInput,
             StartError::Ram(_)
             | StartError::Kvm(_)
             | StartError::Vcpu(_)
             | StartError::Events(_)
+            | StartError::Bus(_)
             | StartError::EventFd(_) => ErrorKind::Internal,
         }
     }
@@ -119,7 +126,7 @@ pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
         open("initrd_path", path)?;
     }
     for drive in &config.drives {
-        open("path_on_host", &drive.path_on_host)?;
+        Disk::open(drive)?;
     }
     Ok(())
 }
@@ -142,8 +149,7 @@ pub(crate) fn load(memory: &GuestMemory, config: &VmConfig) -> Result<u64, Start
             Some(initrd.map_err(failed)?)
         }
     };
-    let cmdline: Cmdline = cmdline::compose(config)
-        .map_err(|error| StartError::Boot(BootError::Cmdline(error.to_string())))?;
+    let cmdline = cmdline::compose(config)?;
     let vcpus = config.machine_config.vcpu_count;
     boot::write_tables(memory, mem_size_bytes, vcpus, (&kernel, initrd, &cmdline))?;
     Ok(kernel.entry)

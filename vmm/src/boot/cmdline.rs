@@ -1,26 +1,24 @@
 //! The kernel command line: what was configured, then what the monitor adds, as Firecracker does.
 
-use linux_loader::cmdline::{Cmdline, Error};
+use linux_loader::cmdline::Cmdline;
 
 use crate::config::{Drive, VmConfig};
+use crate::virtio::{Slot, SlotError};
 
 /// Longest command line in bytes without its final NUL: what 64-bit Linux takes
 /// (`COMMAND_LINE_SIZE` in `arch/x86/include/asm/setup.h`).
 pub const CMDLINE_LEN_MAX: usize = 2047;
 
-/// MMIO address of the first virtio device; the next ones follow at [`VIRTIO_MMIO_SIZE_BYTES`].
-pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
-/// Size of a virtio device's register window.
-pub const VIRTIO_MMIO_SIZE_BYTES: u64 = 0x1000;
-/// Interrupt line (GSI) of the first virtio device; the next ones follow.
-pub const VIRTIO_MMIO_FIRST_IRQ: u32 = 5;
-/// Most virtio devices of a VM: the IOAPIC's lines from 5 to 23.
-pub const VIRTIO_MMIO_COUNT_MAX: u32 = 19;
-
-/// Where virtio device number `index` (from 0) is found: its MMIO base and its interrupt line.
-pub fn virtio_mmio_slot(index: u32) -> (u64, u32) {
-    let base = VIRTIO_MMIO_BASE + VIRTIO_MMIO_SIZE_BYTES * u64::from(index);
-    (base, VIRTIO_MMIO_FIRST_IRQ + index)
+/// Errors of [`compose`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CmdlineError {
+    /// Too long, or not what a command line may hold.
+    #[error("boot_args: {0}, at most {CMDLINE_LEN_MAX} characters with what the devices add")]
+    Text(#[from] linux_loader::cmdline::Error),
+    /// More drives than places for them.
+    #[error("drives: {0}")]
+    Slot(#[from] SlotError),
 }
 
 /// The drives in the order the guest finds them: the root device first, hence `/dev/vda`.
@@ -34,8 +32,8 @@ pub fn ordered_drives(config: &VmConfig) -> Vec<&Drive> {
 /// `virtio_mmio.device=` for each device. What follows ` -- ` in `boot_args` stays at the end.
 ///
 /// # Errors
-/// [`Error`] when the whole is longer than [`CMDLINE_LEN_MAX`].
-pub fn compose(config: &VmConfig) -> Result<Cmdline, Error> {
+/// [`CmdlineError`] when the whole is longer than [`CMDLINE_LEN_MAX`] or there are too many drives.
+pub fn compose(config: &VmConfig) -> Result<Cmdline, CmdlineError> {
     let mut cmdline = Cmdline::try_from(config.boot_source.boot_args(), CMDLINE_LEN_MAX + 1)?;
     let drives = ordered_drives(config);
     if let Some(root) = drives.first().filter(|drive| drive.is_root_device) {
@@ -46,9 +44,8 @@ pub fn compose(config: &VmConfig) -> Result<Cmdline, Error> {
         cmdline.insert_str(root_arg)?;
         cmdline.insert_str(if root.is_read_only { "ro" } else { "rw" })?;
     }
-    for (index, _) in (0..).zip(&drives) {
-        let (base, irq) = virtio_mmio_slot(index);
-        cmdline.insert_str(format!("virtio_mmio.device=4K@{base:#x}:{irq}"))?;
+    for index in 0..drives.len() {
+        cmdline.insert_str(Slot::new(index)?.kernel_parameter())?;
     }
     Ok(cmdline)
 }

@@ -43,7 +43,7 @@ pub enum BootError {
         ram_end: u64,
     },
     /// The command line.
-    #[error("boot_args: {0}")]
+    #[error("cannot write the command line: {0}")]
     Cmdline(String),
     /// A table could not be written to guest memory.
     #[error("cannot write boot tables: {0}")]

@@ -25,6 +25,9 @@ pub enum ConfigError {
     },
 }
 
+/// Interrupt lines 5 to 23, one a device (`virtio::Slot`).
+const VIRTIO_DEVICES_MAX: usize = 19;
+
 fn bad(
     field: &'static str,
     value: impl std::fmt::Display,
@@ -123,6 +126,14 @@ impl VmConfig {
     }
 
     fn check_drives(&self) -> Result<(), ConfigError> {
+        let count = self.drives.len();
+        if count > VIRTIO_DEVICES_MAX {
+            return Err(bad(
+                "drives",
+                count,
+                format!("are more than {VIRTIO_DEVICES_MAX}"),
+            ));
+        }
         let mut ids = std::collections::BTreeSet::new();
         let mut root: Option<&str> = None;
         for drive in &self.drives {
@@ -162,6 +173,7 @@ impl VmConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::Slot;
 
     fn parse(json: &str) -> VmConfig {
         serde_json::from_str(json).unwrap()
@@ -275,6 +287,12 @@ mod tests {
         assert!(fault(&machine(3, 128, r#", "smt": true"#)).starts_with("vcpu_count: 3 is odd"));
         assert!(fault(&machine(1, 128, r#", "huge_pages": "2M""#)).starts_with("huge_pages"));
         assert!(fault(&machine(1, 128, r#", "cpu_template": "T2""#)).contains("\"T2\""));
+    }
+
+    #[test]
+    fn there_is_a_place_for_as_many_drives_as_are_allowed() {
+        Slot::new(VIRTIO_DEVICES_MAX - 1).unwrap();
+        Slot::new(VIRTIO_DEVICES_MAX).unwrap_err();
     }
 
     #[test]

@@ -1,0 +1,8 @@
+#![no_main]
+//! Random accesses to a block device's registers and to memory, and doorbells.
+
+include!("../disk.rs");
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    vmm::virtio::fuzzing::registers(disk(false), input);
+});

@@ -1,0 +1,285 @@
+//! The raw file behind a block device.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use vm_memory::{
+    GuestMemoryBackend, GuestMemoryError, ReadVolatile, VolatileMemoryError, VolatileSlice,
+    WriteVolatile,
+};
+
+use super::super::GuestMemory;
+use super::segments::{Segment, Segments};
+use crate::config::{CacheType, Drive};
+
+/// Bytes of a sector, whatever the file system below uses (virtio 1.2, 5.2.4).
+const SECTOR_BYTES: u64 = 512;
+
+/// Most bytes moved by a request. Without a bound, one chain of descriptors that all name the same
+/// memory is 4 GiB of I/O that the event loop cannot interrupt.
+pub(crate) const MAX_REQUEST_BYTES: u64 = 16 << 20;
+
+/// Why a drive cannot be used. Each names the drive and its path.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// The file cannot be opened, or its size cannot be found out.
+    #[error("drives[{drive_id}].path_on_host {}: {source}", path.display())]
+    Open {
+        /// The drive.
+        drive_id: String,
+        /// What the configuration says.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A directory, a pipe, a terminal or the like.
+    #[error(
+        "drives[{drive_id}].path_on_host {}: {kind}, not a regular file or block device",
+        path.display()
+    )]
+    Kind {
+        /// The drive.
+        drive_id: String,
+        /// What the configuration says.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+}
+
+/// Why a read, write or flush was refused or failed. The guest sees an I/O error.
+#[derive(Debug, Error)]
+pub(crate) enum DiskFault {
+    #[error("sector {sector} and {length_bytes} bytes: past the {capacity_sectors} of the disk")]
+    OutOfBounds {
+        sector: u64,
+        length_bytes: u64,
+        capacity_sectors: u64,
+    },
+    #[error("request of {0} bytes: not whole sectors")]
+    NotSectors(u64),
+    #[error("request of {0} bytes: more than {MAX_REQUEST_BYTES}")]
+    TooLong(u64),
+    #[error("write to a read-only disk")]
+    ReadOnly,
+    #[error("request buffer: {0}")]
+    Memory(#[source] GuestMemoryError),
+    #[error("disk i/o: {0}")]
+    Io(#[source] io::Error),
+    #[error("disk i/o: {0}")]
+    Transfer(#[source] VolatileMemoryError),
+}
+
+/// An open drive of a known number of sectors.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    drive_id: String,
+    capacity_sectors: u64,
+    is_read_only: bool,
+    cache_type: CacheType,
+}
+
+impl Disk {
+    /// Opens the drive's file. One whose size is not a multiple of 512 loses the rest, with a
+    /// warning, as in Firecracker.
+    ///
+    /// A read-only drive is opened read-only too, so that the host's kernel refuses what we would
+    /// let through by mistake.
+    ///
+    /// # Errors
+    /// [`DiskError`]: the file is missing, may not be opened that way, or is not of a kind that has
+    /// sectors.
+    pub fn open(drive: &Drive) -> Result<Disk, DiskError> {
+        let (drive_id, path) = (drive.drive_id.clone(), drive.path_on_host.clone());
+        let is_read_only = drive.is_read_only;
+        let opened = open_file(&path, is_read_only).and_then(|mut file| {
+            let kind = unusable_kind(&file)?;
+            let size_bytes = if kind.is_none() {
+                file.seek(SeekFrom::End(0))?
+            } else {
+                0
+            };
+            Ok((file, kind, size_bytes))
+        });
+        let (file, size_bytes) = match opened {
+            Ok((file, None, size_bytes)) => (file, size_bytes),
+            Ok((_, Some(kind), _)) => {
+                return Err(DiskError::Kind {
+                    drive_id,
+                    path,
+                    kind,
+                });
+            }
+            // What a directory gives when opened for writing.
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                return Err(DiskError::Kind {
+                    drive_id,
+                    path,
+                    kind: "directory",
+                });
+            }
+            Err(source) => {
+                return Err(DiskError::Open {
+                    drive_id,
+                    path,
+                    source,
+                });
+            }
+        };
+        let rest_bytes = size_bytes % SECTOR_BYTES;
+        if rest_bytes != 0 {
+            log::warn!(
+                "drives[{drive_id}].path_on_host {}: {size_bytes} bytes, the guest does not see \
+                 the last {rest_bytes}: not a whole sector",
+                path.display(),
+            );
+        }
+        let capacity_sectors = size_bytes / SECTOR_BYTES;
+        Ok(Disk {
+            file,
+            drive_id,
+            capacity_sectors,
+            is_read_only,
+            cache_type: drive.cache_type,
+        })
+    }
+
+    /// Whole sectors of 512 bytes.
+    pub fn capacity_sectors(&self) -> u64 {
+        self.capacity_sectors
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    /// What a flush does.
+    pub fn cache_type(&self) -> CacheType {
+        self.cache_type
+    }
+
+    /// The drive's name.
+    pub fn drive_id(&self) -> &str {
+        &self.drive_id
+    }
+
+    /// Fills `buffers` from `sector` on.
+    ///
+    /// The kernel copies between the page cache and guest memory. Rejected: `O_DIRECT`. It pins the
+    /// guest's page frames for as long as the transfer takes, and a page the merge engine swaps for
+    /// a shared one meanwhile is then another frame: the device's data would land in a frame that
+    /// is no longer the guest's.
+    pub(crate) fn read(
+        &mut self,
+        sector: u64,
+        buffers: &Segments,
+        memory: &GuestMemory,
+    ) -> Result<(), DiskFault> {
+        self.transfer(sector, buffers, memory, |file, slice| {
+            file.read_exact_volatile(slice)
+        })
+    }
+
+    /// Writes `buffers` from `sector` on. The same holds as for [`Disk::read`].
+    pub(crate) fn write(
+        &mut self,
+        sector: u64,
+        buffers: &Segments,
+        memory: &GuestMemory,
+    ) -> Result<(), DiskFault> {
+        if self.is_read_only {
+            return Err(DiskFault::ReadOnly);
+        }
+        self.transfer(sector, buffers, memory, |file, slice| {
+            file.write_all_volatile(slice)
+        })
+    }
+
+    /// Makes what was written durable, where the drive is configured so.
+    pub(crate) fn flush(&mut self) -> Result<(), DiskFault> {
+        match self.cache_type {
+            CacheType::Unsafe => Ok(()),
+            // A read-only drive's file was never written by us.
+            CacheType::Writeback if self.is_read_only => Ok(()),
+            CacheType::Writeback => self.file.sync_data().map_err(DiskFault::Io),
+        }
+    }
+
+    fn transfer<F>(
+        &mut self,
+        sector: u64,
+        buffers: &Segments,
+        memory: &GuestMemory,
+        mut one: F,
+    ) -> Result<(), DiskFault>
+    where
+        F: FnMut(&mut File, &mut Slice<'_>) -> Result<(), VolatileMemoryError>,
+    {
+        let start_bytes = self.start_bytes(sector, buffers.length_bytes())?;
+        self.file
+            .seek(SeekFrom::Start(start_bytes))
+            .map_err(DiskFault::Io)?;
+        for &Segment {
+            address,
+            length_bytes,
+        } in buffers.parts()
+        {
+            for slice in GuestMemoryBackend::get_slices(memory, address, length_bytes as usize) {
+                let mut slice = slice.map_err(DiskFault::Memory)?;
+                one(&mut self.file, &mut slice).map_err(DiskFault::Transfer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where in the file a request starts, once it is known to end inside.
+    fn start_bytes(&self, sector: u64, length_bytes: u64) -> Result<u64, DiskFault> {
+        if !length_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskFault::NotSectors(length_bytes));
+        }
+        if length_bytes > MAX_REQUEST_BYTES {
+            return Err(DiskFault::TooLong(length_bytes));
+        }
+        let end = sector.checked_add(length_bytes / SECTOR_BYTES);
+        match end {
+            // No overflow: the sector is within the capacity, which came from a size in bytes.
+            Some(end) if end <= self.capacity_sectors => Ok(sector * SECTOR_BYTES),
+            _ => Err(DiskFault::OutOfBounds {
+                sector,
+                length_bytes,
+                capacity_sectors: self.capacity_sectors,
+            }),
+        }
+    }
+}
+
+/// A piece of guest memory; what is written to it is marked in the bitmap.
+type Slice<'a> =
+    VolatileSlice<'a, vm_memory::bitmap::RefSlice<'a, vm_memory::bitmap::AtomicBitmap>>;
+
+fn open_file(path: &Path, is_read_only: bool) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(!is_read_only)
+        // A named pipe would be waited for here; on files and block devices the flag does nothing.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+}
+
+/// What the file is, where it is nothing with sectors.
+fn unusable_kind(file: &File) -> io::Result<Option<&'static str>> {
+    let kind = file.metadata()?.file_type();
+    Ok(match () {
+        () if kind.is_file() || kind.is_block_device() => None,
+        () if kind.is_dir() => Some("directory"),
+        () if kind.is_fifo() => Some("named pipe"),
+        () if kind.is_char_device() => Some("character device"),
+        () => Some("special file"),
+    })
+}

@@ -1,0 +1,65 @@
+//! What the transport and the worker need to know of a device.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_queue::Queue;
+
+use super::{GuestMemory, Interrupt, Progress, RingError};
+
+/// A virtio device: a type, features, a configuration space and queues (virtio 1.2, section 2).
+///
+/// The transport owns the negotiation; a device sees its result in [`Device::activate`].
+pub trait Device: Send {
+    /// The device type of virtio 1.2, section 5.
+    fn device_type(&self) -> u32;
+
+    /// The feature bits offered. The transport adds `VIRTIO_F_VERSION_1`.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue in descriptors, powers of two of at most 32768. Its length is
+    /// the number of queues.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// Reads the configuration space at `offset` bytes; what lies outside of it reads as zero.
+    fn read_config(&self, offset: u64, bytes: &mut [u8]);
+
+    /// Writes the configuration space. Most devices have nothing to write there.
+    fn write_config(&mut self, _offset: u64, _bytes: &[u8]) {}
+
+    /// Takes what the driver set up. From here on [`Device::process_queue`] may be called.
+    fn activate(&mut self, activation: Activation);
+
+    /// Serves what the driver made available in queue `index`, as far as the device's budget goes.
+    ///
+    /// A device that is not active has nothing to serve: a late doorbell is no error.
+    ///
+    /// # Errors
+    /// The ring itself is not usable. The worker then resets the device and tells the driver.
+    fn process_queue(&mut self, index: usize) -> Result<Progress, RingError>;
+
+    /// Goes back to the state before [`Device::activate`], letting go of queues and guest memory.
+    fn reset(&mut self);
+}
+
+/// What a driver and the transport agreed on.
+#[derive(Debug)]
+pub struct Activation {
+    /// The guest's memory, against which every queue was checked.
+    pub memory: Arc<GuestMemory>,
+    /// All queues in order; one the driver did not enable is not ready.
+    pub queues: Vec<Queue>,
+    /// The features both sides have.
+    pub features: u64,
+    /// For devices with something to say besides used buffers; the worker raises the interrupt for
+    /// those.
+    pub interrupt: Arc<Interrupt>,
+    /// Names the device in log messages.
+    pub label: Arc<str>,
+}
+
+/// Locks a device. A panic under the lock is a bug of ours that a guest must not be able to spread
+/// to its vCPU threads, and a device's state is replaced as a whole on reset, so a poisoned lock is
+/// taken as it is.
+pub(super) fn lock<D>(device: &Mutex<D>) -> MutexGuard<'_, D> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}

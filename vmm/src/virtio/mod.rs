@@ -1,0 +1,59 @@
+//! Virtio devices: one transport, one queue worker, one file a device.
+//!
+//! A device here is registers and queues, it has no thread. A vCPU that touches the device's
+//! register page runs [`Transport`]; a vCPU that rings a queue's doorbell only bumps an eventfd
+//! (KVM's ioeventfd), and the monitor's event loop runs [`QueueWorker`], which asks the [`Device`]
+//! to serve that queue. Interrupts go back by an eventfd too (irqfd).
+//!
+//! Guarantees:
+//! - A guest may break only itself. Registers, rings, descriptors and request headers are checked
+//!   where they enter; what does not pass is refused, or the device asks for a reset. Nothing a
+//!   guest writes makes this module panic, touch memory that is not the guest's, reach past the end
+//!   of a disk, or fill the log.
+//! - One guest does not starve another. All devices of a monitor share one event loop, so a device
+//!   serves a bounded slice of work and then goes to the back of the loop's queue ([`Budget`]).
+//! - Guest memory is let go. [`Transport`] and an activated device hold a reference; a reset drops
+//!   the device's, dropping the [`Attachment`]'s parts drops all.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `attach` | where a device sits (addresses, interrupt) and the parts the monitor plugs in |
+//! | `device` | the [`Device`] trait |
+//! | `transport` | the virtio-mmio register file |
+//! | `status` | the device status state machine |
+//! | `queue_registers` | what the driver says of a queue, checked into a queue |
+//! | `interrupt` | the interrupt status register and the irqfd |
+//! | `ring` | serving a queue within a budget |
+//! | `worker` | doorbell to device |
+//! | `log_limit` | a bound on what a guest can make us log |
+//! | `block` | virtio-block over a raw file |
+//!
+//! # Locks
+//! Two per device, in this order: the registers' mutex, which only vCPU threads take (the bus
+//! does), then the device's, which they take to configure or reset the device and which the event
+//! loop takes to serve a queue. The interrupt status is atomic and outside of both, so that the
+//! event loop never waits for a vCPU and a guest's interrupt handler never for disk I/O.
+
+mod attach;
+mod block;
+mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+mod interrupt;
+mod log_limit;
+mod queue_registers;
+mod ring;
+mod status;
+mod transport;
+mod worker;
+
+pub use attach::{Attachment, Doorbell, Slot, SlotError, attach, attach_block};
+pub use block::{Block, Disk, DiskError};
+pub use device::{Activation, Device};
+pub use interrupt::Interrupt;
+pub use log_limit::LogLimit;
+pub use ring::{Budget, Progress, RingError, Served};
+pub use transport::Transport;
+pub use worker::QueueWorker;
+
+pub use crate::memory::GuestMemory;

@@ -1,0 +1,222 @@
+//! From doorbell to device, on the event loop.
+
+use std::sync::{Arc, Mutex};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::lock;
+use super::{Device, Interrupt, LogLimit};
+
+/// Serves the queues of one device when their doorbells ring.
+///
+/// It belongs on one event loop. Dropping it (after the loop let go of it) drops its share of the
+/// device.
+pub struct QueueWorker<D> {
+    device: Arc<Mutex<D>>,
+    /// One doorbell for each queue.
+    doorbells: Arc<[EventFd]>,
+    interrupt: Arc<Interrupt>,
+    label: Arc<str>,
+    log_limit: LogLimit,
+}
+
+impl<D> std::fmt::Debug for QueueWorker<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QueueWorker")
+            .field("label", &self.label)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D: Device> QueueWorker<D> {
+    pub(super) fn new(
+        device: Arc<Mutex<D>>,
+        doorbells: Arc<[EventFd]>,
+        interrupt: Arc<Interrupt>,
+        label: Arc<str>,
+    ) -> Self {
+        QueueWorker {
+            device,
+            doorbells,
+            interrupt,
+            label,
+            log_limit: LogLimit::new(),
+        }
+    }
+
+    /// Serves queue `index` for one slice.
+    pub(super) fn serve(&mut self, index: usize) {
+        let Some(doorbell) = self.doorbells.get(index) else {
+            return;
+        };
+        // Silenced before the queue is looked at: a ring after this line is another turn. It may
+        // read as empty, then a turn finds nothing to do.
+        let _rings = doorbell.read();
+        let mut device = lock(&self.device);
+        match device.process_queue(index) {
+            // Signalled under the lock: a driver that resets the device waits for it, and must not
+            // find an interrupt of the time before afterwards.
+            Ok(progress) => {
+                if progress.interrupt {
+                    self.interrupt.signal_used_buffers();
+                }
+                if progress.more {
+                    // To the back of the loop, behind the doorbells of the other devices.
+                    let _full = doorbell.write(1);
+                }
+            }
+            Err(error) => {
+                device.reset();
+                self.interrupt.signal_needs_reset();
+                let problem = format!("queue {index}: {error}: the device needs a reset");
+                self.log_limit.warn(&self.label, &problem);
+            }
+        }
+    }
+}
+
+impl<D: Device> MutEventSubscriber for QueueWorker<D> {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        // Lossless: u32 to usize on a 64-bit host.
+        self.serve(events.data() as usize);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        for (index, doorbell) in (0_u32..).zip(self.doorbells.iter()) {
+            let events = Events::with_data(doorbell, index, EventSet::IN);
+            if let Err(error) = ops.add(events) {
+                log::error!("{}: cannot watch queue {index}: {error}", self.label);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::{Activation, Progress, RingError};
+    use event_manager::{EventManager, SubscriberOps};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    /// Answers each doorbell with the next of its answers.
+    #[derive(Default)]
+    struct Scripted {
+        answers: Vec<Result<Progress, RingError>>,
+        served: Vec<usize>,
+        resets: u32,
+    }
+
+    impl Device for Scripted {
+        fn device_type(&self) -> u32 {
+            42
+        }
+        fn features(&self) -> u64 {
+            0
+        }
+        fn queue_max_sizes(&self) -> &[u16] {
+            &[16, 16]
+        }
+        fn read_config(&self, _offset: u64, _bytes: &mut [u8]) {}
+        fn activate(&mut self, _activation: Activation) {}
+        fn process_queue(&mut self, index: usize) -> Result<Progress, RingError> {
+            self.served.push(index);
+            self.answers.pop().unwrap_or(Ok(Progress::default()))
+        }
+        fn reset(&mut self) {
+            self.resets += 1;
+        }
+    }
+
+    struct Bench {
+        device: Arc<Mutex<Scripted>>,
+        doorbells: Arc<[EventFd]>,
+        interrupt: Arc<Interrupt>,
+        events: EventManager<QueueWorker<Scripted>>,
+    }
+
+    fn bench(answers: Vec<Result<Progress, RingError>>) -> Bench {
+        let device = Arc::new(Mutex::new(Scripted {
+            answers,
+            ..Scripted::default()
+        }));
+        let doorbells: Arc<[EventFd]> = (0..2)
+            .map(|_| EventFd::new(EFD_NONBLOCK).unwrap())
+            .collect();
+        let interrupt = Arc::new(Interrupt::new().unwrap());
+        let label = Arc::from("test");
+        let worker = QueueWorker::new(device.clone(), doorbells.clone(), interrupt.clone(), label);
+        let mut events = EventManager::new().unwrap();
+        events.add_subscriber(worker);
+        Bench {
+            device,
+            doorbells,
+            interrupt,
+            events,
+        }
+    }
+
+    #[test]
+    fn a_doorbell_serves_its_own_queue_once() {
+        let mut bench = bench(vec![]);
+        bench.doorbells[1].write(3).unwrap();
+        assert_eq!(bench.events.run_with_timeout(1000), Ok(1));
+        assert_eq!(bench.events.run_with_timeout(0), Ok(0));
+        assert_eq!(bench.device.lock().unwrap().served, [1]);
+        assert_eq!(bench.interrupt.status(), 0);
+    }
+
+    #[test]
+    fn used_buffers_raise_the_interrupt() {
+        let mut bench = bench(vec![Ok(Progress {
+            interrupt: true,
+            more: false,
+        })]);
+        bench.doorbells[0].write(1).unwrap();
+        bench.events.run_with_timeout(1000).unwrap();
+        assert_eq!(bench.interrupt.status(), 1);
+        assert_eq!(bench.interrupt.event().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn work_left_over_gets_another_turn_without_a_doorbell() {
+        let mut bench = bench(vec![Ok(Progress {
+            interrupt: false,
+            more: true,
+        })]);
+        bench.doorbells[0].write(1).unwrap();
+        bench.events.run_with_timeout(1000).unwrap();
+        assert_eq!(bench.events.run_with_timeout(1000), Ok(1));
+        assert_eq!(bench.events.run_with_timeout(0), Ok(0));
+        assert_eq!(bench.device.lock().unwrap().served, [0, 0]);
+    }
+
+    #[test]
+    fn a_broken_ring_resets_the_device_and_tells_the_driver() {
+        let mut bench = bench(vec![Err(RingError::Head { head: 9, size: 4 })]);
+        bench.doorbells[0].write(1).unwrap();
+        bench.events.run_with_timeout(1000).unwrap();
+        assert_eq!(bench.device.lock().unwrap().resets, 1);
+        assert!(bench.interrupt.needs_reset());
+        assert_eq!(bench.interrupt.event().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_removed_worker_lets_go_of_the_device() {
+        let device = Arc::new(Mutex::new(Scripted::default()));
+        let doorbells: Arc<[EventFd]> = Arc::new([EventFd::new(EFD_NONBLOCK).unwrap()]);
+        let interrupt = Arc::new(Interrupt::new().unwrap());
+        let worker = QueueWorker::new(
+            device.clone(),
+            doorbells.clone(),
+            interrupt,
+            Arc::from("test"),
+        );
+        let mut events = EventManager::new().unwrap();
+        let id = events.add_subscriber(worker);
+        drop(events.remove_subscriber(id).unwrap());
+        doorbells[0].write(1).unwrap();
+        assert_eq!(events.run_with_timeout(0), Ok(0));
+        assert_eq!(Arc::strong_count(&device), 1);
+    }
+}
