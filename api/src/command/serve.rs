@@ -36,7 +36,10 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
         .set_nonblocking(true)
         .map_err(CommandError::os("api socket"))?;
     let listener = UnixListener::from_std(listener).map_err(CommandError::os("api socket"))?;
-    eprintln!("samepage: serving on {}", socket.path().display());
+    // A parent process that holds our standard input knows, and has its own things to say.
+    if !args.stop_on_stdin_end {
+        eprintln!("samepage: serving on {}", socket.path().display());
+    }
 
     let stdin_end = watch_stdin(args.stop_on_stdin_end)?;
     let stop = async move {
