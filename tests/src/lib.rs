@@ -6,6 +6,7 @@
 //! | [`server`] | a server process that ends with its test |
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`kvm`] | whether VMs can run here |
+//! | [`tiny_kernel`] | guests of a few bytes |
 //! | [`wait`] | waiting for a condition, with a deadline |
 //!
 //! # Locks
@@ -15,4 +16,5 @@ pub mod binary;
 pub mod http;
 pub mod kvm;
 pub mod server;
+pub mod tiny_kernel;
 pub mod wait;

@@ -1,13 +1,13 @@
-//! The REST API and the command line, against a real server process.
+//! The REST API, against a real server process.
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use samepage_tests::kvm;
 use samepage_tests::server::Server;
 use samepage_tests::wait::until;
-use samepage_tests::{binary, kvm};
-use serde_json::{Value, json};
+use serde_json::json;
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
 const STOP: &str = r#"{"action_type": "InstanceStop"}"#;
@@ -386,94 +386,4 @@ fn signals_stop_the_server_with_its_vms_and_socket() {
         assert_eq!(status.code(), Some(0), "{signal:?}");
         assert!(!server.socket().exists());
     }
-}
-
-#[test]
-fn second_server_on_a_live_socket_is_refused() {
-    let server = Server::start(&[]);
-    let socket = server.socket();
-    let output = server.cli(&["serve", "--api-sock", socket.to_str().unwrap()]);
-    assert_eq!(output.status.code(), Some(1));
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert!(text.starts_with("samepage: error: api socket "), "{text}");
-    assert_eq!(server.call("GET", "/vms", "").json(), json!([]));
-}
-
-#[test]
-fn commands_work_a_vm_from_launch_to_rm() {
-    if !kvm::is_present() {
-        return;
-    }
-    let server = Server::start(&[]);
-    let ok = |arguments: &[&str]| -> String {
-        let output = server.cli(arguments);
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {error}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let fails = |arguments: &[&str]| -> String {
-        let output = server.cli(arguments);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert!(
-            error.starts_with("samepage: error: ") && error.lines().count() == 1,
-            "{error}"
-        );
-        error
-    };
-    let vm = [
-        "--kernel",
-        "builtin:pageload",
-        "--mem-mib",
-        "32",
-        "--merge-domain",
-        "ci",
-    ];
-    ok(&[&["launch", "a"], &vm[..]].concat());
-    ok(&[&["launch", "b", "--no-start"], &vm[..]].concat());
-    let listed: Value = serde_json::from_str(&ok(&["ps", "--json"])).unwrap();
-    assert_eq!(listed[0]["state"], "Running");
-    assert_eq!(listed[1]["state"], "Not started");
-    assert!(
-        ok(&["ps"])
-            .lines()
-            .nth(1)
-            .unwrap()
-            .starts_with("a   Running"),
-        "{}",
-        ok(&["ps"])
-    );
-    let stats: Value = serde_json::from_str(&ok(&["stats", "--json"])).unwrap();
-    assert!(stats["ci"]["pages_shared"].is_u64(), "{stats}");
-    assert!(stats["ci"]["vms"]["a"]["pages_merging"].is_u64(), "{stats}");
-    let stats: Value = serde_json::from_str(&ok(&["stats", "a", "--json"])).unwrap();
-    assert!(stats["pages_merging"].is_u64(), "{stats}");
-    assert!(ok(&["stats"]).contains("ci"));
-    ok(&["console", "a", "--history"]);
-
-    assert!(fails(&[&["launch", "a"], &vm[..]].concat()).contains("vm a"));
-    assert!(fails(&["launch", "c", "--kernel", "/nowhere"]).contains("/nowhere"));
-    assert!(fails(&["stop", "c"]).contains("vm c"));
-    assert!(fails(&["rm", "a"]).contains("vm a"));
-    ok(&["stop", "a"]);
-    assert!(ok(&["ps"]).contains("Ended (stopped)"));
-    ok(&["rm", "a"]);
-    ok(&["rm", "--force", "b"]);
-    assert_eq!(ok(&["ps", "--json"]).trim(), "[]");
-}
-
-#[test]
-fn commands_without_a_server_say_so() {
-    let directory = tempfile::tempdir().unwrap();
-    let output = std::process::Command::new(binary::samepage())
-        .args(["ps", "--api-sock"])
-        .arg(directory.path().join("none.sock"))
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(
-        error.contains("no server on") && error.contains("samepage serve"),
-        "{error}"
-    );
 }

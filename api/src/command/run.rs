@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,8 +17,8 @@ use crate::vm_args;
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// How long to wait before a full input queue is tried again.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
-/// Bound of one wait for the VM's end; then it is waited for again.
-const WAIT_TIME: Duration = Duration::from_secs(3600);
+/// How long the end of a VM may take.
+const WAIT_TIME: Duration = Duration::from_secs(60);
 
 /// What ended the wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +53,8 @@ pub async fn run(args: &RunArgs) -> Result<ExitCode, CommandError> {
         eprintln!("samepage: Ctrl-A x ends the vm");
     }
     let terminal = RawTerminal::enter()?;
-    let cause = until_end(&monitor, &id, &console, is_terminal).await;
-    let reason = end(monitor, id).await;
+    let cause = until_end(&console, is_terminal).await;
+    let reason = end(monitor, id, matches!(cause, Ok(Cause::Vm))).await;
     drop(terminal);
     let (cause, reason) = (cause?, reason?);
     eprintln!(
@@ -65,7 +64,7 @@ pub async fn run(args: &RunArgs) -> Result<ExitCode, CommandError> {
     Ok(exit_code(cause, &reason))
 }
 
-fn start(id: &VmId, config: VmConfig) -> Result<(Arc<Monitor>, Console), CommandError> {
+fn start(id: &VmId, config: VmConfig) -> Result<(Monitor, Console), CommandError> {
     // Without a merge domain of its own it is the one VM of a monitor named after it.
     let domain = match &config.samepage.merge_domain {
         Some(domain) => domain.clone(),
@@ -78,19 +77,14 @@ fn start(id: &VmId, config: VmConfig) -> Result<(Arc<Monitor>, Console), Command
     monitor.create(id.clone(), config)?;
     monitor.start(id)?;
     let console = monitor.console(id)?;
-    Ok((Arc::new(monitor), console))
+    Ok((monitor, console))
 }
 
-async fn until_end(
-    monitor: &Arc<Monitor>,
-    id: &VmId,
-    console: &Console,
-    is_terminal: bool,
-) -> Result<Cause, CommandError> {
+async fn until_end(console: &Console, is_terminal: bool) -> Result<Cause, CommandError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(CommandError::os("sigint"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(CommandError::os("sigterm"))?;
     let keyboard = Keyboard::open(is_terminal)?;
-    let (shown, mut all_shown) = oneshot::channel();
+    let (shown, all_shown) = oneshot::channel();
     let output = console.clone();
     std::thread::Builder::new()
         .name("console".to_owned())
@@ -99,29 +93,19 @@ async fn until_end(
             let _ = shown.send(show(&output));
         })
         .map_err(CommandError::os("thread for the console"))?;
-    let ended = tokio::task::spawn_blocking({
-        let (monitor, id) = (Arc::clone(monitor), id.clone());
-        move || {
-            while monitor
-                .wait_ended(&id, Instant::now() + WAIT_TIME)
-                .is_none()
-            {}
-        }
-    });
     let cause = tokio::select! {
-        _ = ended => Cause::Vm,
-        Ok(Err(error)) = &mut all_shown => {
-            log::warn!("console: standard output: {error}");
-            Cause::OutputLost
-        }
+        // The console ends with the VM, when its last words were shown.
+        shown = all_shown => match shown {
+            Ok(Err(error)) => {
+                log::warn!("console: standard output: {error}");
+                Cause::OutputLost
+            }
+            _ => Cause::Vm,
+        },
         () = until_escape(keyboard, console) => Cause::Escape,
         _ = interrupt.recv() => Cause::Interrupt,
         _ = terminate.recv() => Cause::Terminate,
     };
-    if cause == Cause::Vm {
-        // The last words of the guest, before ours.
-        let _ = all_shown.await;
-    }
     Ok(cause)
 }
 
@@ -160,15 +144,15 @@ async fn until_escape(mut keyboard: Keyboard, console: &Console) {
     }
 }
 
-/// Stops the VM if it still runs, and the monitor with it.
-async fn end(monitor: Arc<Monitor>, id: VmId) -> Result<EndReason, CommandError> {
+/// Waits for the VM's end, and brings it about if it does not come by itself.
+async fn end(monitor: Monitor, id: VmId, by_itself: bool) -> Result<EndReason, CommandError> {
     let ending = tokio::task::spawn_blocking(move || {
-        if monitor.info(&id)?.state.is_alive() {
-            // It may end by itself at this very moment.
+        if !by_itself {
+            // It may end by itself at this very moment: then there is nothing to stop.
             let _ = monitor.stop(&id);
         }
         let reason = monitor.wait_ended(&id, Instant::now() + WAIT_TIME);
-        Ok(reason.unwrap_or(EndReason::Stopped))
+        reason.ok_or_else(|| CommandError::Other("the vm does not end".to_owned()))
     });
     ending.await.map_err(join_failed)?
 }
