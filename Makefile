@@ -1,0 +1,40 @@
+# Entry points. Each is complete on a fresh Debian machine that has a Rust toolchain: what else it needs from apt, it
+# installs when it needs it. The work is in resources/steps, which says how long each step took.
+
+STEPS := resources/steps
+
+# Handed to `samepage demo`, as in: make demo DEMO_ARGS='--vms 16 --guest linux'
+DEMO_ARGS ?=
+# Tests that run at a time in one test program. Guests are CPU bound, so more than this only makes each of them slower.
+TEST_THREADS ?= 2
+# Handed to the test programs, as in: make test TEST_ARGS='linux_guest'
+TEST_ARGS ?=
+export DEMO_ARGS TEST_THREADS TEST_ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint guest build clean
+
+help: ## List the targets
+	@echo 'Targets:'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@echo
+	@echo 'Settings: DEMO_ARGS=... TEST_ARGS=... TEST_THREADS=$(TEST_THREADS)'
+	@echo 'SAMEPAGE_SKIP_KVM=1 leaves out what needs /dev/kvm.'
+
+demo: ## Build the release binary, run VMs on it and watch their memory merge
+	@$(STEPS) demo packages release demo
+
+test: ## Run everything a change must pass: format, lints, documents, tests
+	@$(STEPS) test packages format lints docs guest tests
+
+lint: ## Run only the checks that need no guest: format, lints, documents, house rules
+	@$(STEPS) lint packages format lints docs house
+
+guest: ## Build the Linux guest (kernel and initramfs) that the tests boot, cached by its inputs
+	@$(STEPS) guest guest
+
+build: ## Build the release binary, target/release/samepage
+	@$(STEPS) build packages release
+
+clean: ## Remove what was built; the cached Linux guest stays
+	@$(STEPS) clean clean
