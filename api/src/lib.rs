@@ -14,11 +14,14 @@
 //! | module | holds |
 //! |---|---|
 //! | [`route`], [`request`] | method, path and body to a [`request::Request`]; pure |
+//! | [`domain_name`] | how paths and replies name a merge domain |
 //! | [`front_door`] | which monitor serves which VM, and what each request does there |
 //! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
 //! | [`server`], [`socket`], [`http10`], [`console_stream`] | the unix socket and HTTP on it |
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
+//! | [`vm_args`] | from arguments to a VM's config |
+//! | [`terminal`], [`table`], [`bytes`] | the user's side: keys in, columns and sizes out |
 //!
 //! # Locks
 //! One of our own, `FrontDoor`'s roster; see [`front_door`]. No lock of a monitor is taken under

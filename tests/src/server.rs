@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::binary;
 use crate::http::{Connection, Reply};
-use crate::wait::until;
+use crate::wait::wait_until;
 
 /// How long a server may take to come up or to stop.
 const SERVER_TIME: Duration = Duration::from_secs(30);
@@ -38,7 +38,7 @@ impl Server {
             .spawn()
             .expect("start the server");
         let mut server = Server { child, directory };
-        until("the server answers", SERVER_TIME, || {
+        wait_until("the server answers", SERVER_TIME, || {
             if let Some(status) = server.child.try_wait().expect("look at the server") {
                 panic!("the server ended: {status}");
             }
@@ -97,7 +97,7 @@ impl Server {
     pub fn stop(&mut self, signal: Signal) -> ExitStatus {
         self.signal(signal);
         let mut ended = None;
-        until("the server ends", SERVER_TIME, || {
+        wait_until("the server ends", SERVER_TIME, || {
             ended = self.child.try_wait().expect("look at the server");
             ended.is_some()
         });

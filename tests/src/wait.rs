@@ -9,7 +9,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 ///
 /// # Panics
 /// If it does not hold within `time`.
-pub fn until(what: &str, time: Duration, mut condition: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, time: Duration, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + time;
     while !condition() {
         assert!(Instant::now() < deadline, "not within {time:?}: {what}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use samepage_tests::kvm;
 use samepage_tests::server::Server;
-use samepage_tests::wait::until;
+use samepage_tests::wait::wait_until;
 use serde_json::json;
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
@@ -245,7 +245,7 @@ fn vm_goes_through_its_states() {
     assert_eq!(state(), "Paused");
     server.done("PATCH", "/vms/a/vm", r#"{"state": "Resumed"}"#);
     assert_eq!(state(), "Running");
-    until("the guest reports", STATE_TIME, || {
+    wait_until("the guest reports", STATE_TIME, || {
         let vm = server.call("GET", "/vms/a", "").json();
         vm["report"]["pages_written"]
             .as_u64()
