@@ -1,19 +1,13 @@
 //! What runs in the demo's VMs, and how to tell how far it is.
 
-use pageload_workload::{Expected, Workload, layout};
 use vmm::VmConfig;
-use vmm::config::BUILTIN_PAGELOAD;
 
-use super::DOMAIN;
+use super::{DOMAIN, linux, pageload};
 use crate::cli::{DemoArgs, DemoGuest, VmArgs};
 use crate::client::Client;
 use crate::command::CommandError;
-use crate::model::{Report, VmDescription};
+use crate::model::VmDescription;
 use crate::vm_args;
-
-/// `phase` of a pageload guest's report.
-const PHASE_VERIFYING: u64 = 2;
-const PHASE_FAILED: u64 = 4;
 
 /// The demo's guests.
 #[derive(Debug)]
@@ -21,37 +15,29 @@ pub(super) struct Guest {
     kind: DemoGuest,
     vms: u16,
     mem_mib: u32,
-    /// Of VM 0; the others' differ in the workload's seed.
+    /// Of every VM, but for its boot arguments.
     config: VmConfig,
 }
 
-/// What the guests found, over all VMs.
+/// What a guest says of itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Verified {
+pub(super) struct Account {
+    /// Passes over its memory that it has verified; `None` while it still fills it.
+    pub(super) passes: Option<u64>,
+    /// Wrong contents it has found.
     pub(super) errors: u64,
-    pub(super) passes: u64,
 }
 
 impl Guest {
     pub(super) fn from_args(args: &DemoArgs) -> Result<Guest, CommandError> {
-        let mem_mib = args.mem_mib.unwrap_or(match args.guest {
-            DemoGuest::Pageload => 64,
-            DemoGuest::Linux => 128,
-        });
-        let (kernel, initrd) = match args.guest {
-            DemoGuest::Pageload => (BUILTIN_PAGELOAD.into(), None),
+        let (kernel, initrd, default_mem_mib) = match args.guest {
+            DemoGuest::Pageload => (vmm::config::BUILTIN_PAGELOAD.into(), None, 64),
             DemoGuest::Linux => {
-                let given = |path: &Option<std::path::PathBuf>, flag: &str| {
-                    path.clone().ok_or_else(|| {
-                        CommandError::Other(format!("--guest linux: needs {flag} FILE"))
-                    })
-                };
-                (
-                    given(&args.kernel, "--kernel")?,
-                    Some(given(&args.initrd, "--initrd")?),
-                )
+                let kernel = linux::kernel(args.kernel.as_deref())?;
+                (kernel, Some(linux::initrd(args.initrd.as_deref())?), 128)
             }
         };
+        let mem_mib = args.mem_mib.unwrap_or(default_mem_mib);
         let config = vm_args::to_config(&VmArgs {
             kernel: Some(kernel),
             initrd,
@@ -85,99 +71,38 @@ impl Guest {
 
     pub(super) fn config(&self, number: u16) -> VmConfig {
         let mut config = self.config.clone();
-        if self.kind == DemoGuest::Pageload {
-            config.boot_source.boot_args = Some(workload(number).to_string());
-        }
+        config.boot_source.boot_args = Some(match self.kind {
+            DemoGuest::Pageload => pageload::workload(number).to_string(),
+            DemoGuest::Linux => linux::boot_args(),
+        });
         config
     }
 
-    /// How many guests have all their contents in memory.
-    pub(super) async fn filled(
+    /// What each guest says of itself, also after its end.
+    pub(super) async fn accounts(
         &self,
         client: &Client,
         vms: &[VmDescription],
-    ) -> Result<u16, CommandError> {
-        let mut filled = 0;
+    ) -> Result<Vec<Account>, CommandError> {
+        let mut accounts = Vec::with_capacity(vms.len());
         for vm in vms {
-            if self.passes_of(client, vm).await?.is_some() {
-                filled += 1;
-            }
+            accounts.push(match self.kind {
+                DemoGuest::Pageload => pageload::account(vm)?,
+                DemoGuest::Linux => {
+                    let console = client.console_history(&vm.id).await?;
+                    linux::account(&String::from_utf8_lossy(&console))
+                }
+            });
         }
-        Ok(filled)
-    }
-
-    /// Passes that each guest has verified so far.
-    pub(super) async fn passes(
-        &self,
-        client: &Client,
-        vms: &[VmDescription],
-    ) -> Result<Vec<u64>, CommandError> {
-        let mut passes = Vec::with_capacity(vms.len());
-        for vm in vms {
-            passes.push(self.passes_of(client, vm).await?.unwrap_or(0));
-        }
-        Ok(passes)
-    }
-
-    /// Errors and passes of all guests, also after their end.
-    pub(super) async fn verified(
-        &self,
-        client: &Client,
-        vms: &[VmDescription],
-    ) -> Result<Verified, CommandError> {
-        let mut verified = Verified::default();
-        for vm in vms {
-            verified.passes += self.passes_of(client, vm).await?.unwrap_or(0);
-            verified.errors += vm.report.as_ref().map_or(0, |report| report.verify_errors);
-        }
-        Ok(verified)
-    }
-
-    /// Passes of one guest; `None` while it is still filling its memory.
-    async fn passes_of(
-        &self,
-        _client: &Client,
-        vm: &VmDescription,
-    ) -> Result<Option<u64>, CommandError> {
-        let report = vm.report.clone().unwrap_or_default();
-        if report.phase == PHASE_FAILED && report.verify_errors == 0 {
-            return Err(CommandError::Other(format!(
-                "vm {}: the guest failed",
-                vm.id
-            )));
-        }
-        let Report {
-            phase,
-            verify_passes,
-            ..
-        } = report;
-        Ok((phase >= PHASE_VERIFYING).then_some(verify_passes))
+        Ok(accounts)
     }
 
     /// Pages that could be given back: copies of a content beyond its first, and pages of zeros.
-    /// Counted by the workload's own oracle; `None` where nobody knows.
+    /// `None` where nobody knows: what Linux has in its memory no oracle can tell.
     pub(super) fn duplicate_pages(&self) -> Result<Option<u64>, CommandError> {
-        if self.kind == DemoGuest::Linux {
-            return Ok(None);
+        match self.kind {
+            DemoGuest::Pageload => pageload::duplicate_pages(self.vms, self.mem_mib).map(Some),
+            DemoGuest::Linux => Ok(None),
         }
-        let pages = layout::page_count(u64::from(self.mem_mib) << 20);
-        let vms: Vec<_> = (0..self.vms)
-            .map(|number| (workload(number), pages))
-            .collect();
-        let Expected {
-            pages_sharing,
-            pages_zero,
-            ..
-        } = pageload_workload::expect(&vms)
-            .map_err(|error| CommandError::Other(format!("workload: {error}")))?;
-        Ok(Some(pages_sharing + pages_zero))
-    }
-}
-
-/// What VM `number` does: the fleet's usual mix, with pages of its own.
-fn workload(number: u16) -> Workload {
-    Workload {
-        seed: u64::from(number) + 1,
-        ..Workload::default()
     }
 }

@@ -5,6 +5,8 @@
 //! after are the same guests with the same contents.
 
 mod guest;
+mod linux;
+mod pageload;
 mod progress;
 mod pss;
 mod server;
@@ -100,7 +102,7 @@ async fn show(
     let memory_after_bytes = server.pss_bytes()?;
     progress.note("stopping");
     let vms = stage.stop_all().await?;
-    let verified = guest.verified(stage.client, &vms).await?;
+    let accounts = guest.accounts(stage.client, &vms).await?;
     Ok(Summary {
         vms: guest.vms(),
         guest: guest.name(),
@@ -111,8 +113,8 @@ async fn show(
         pages_zero: domain.stats.pages_zero,
         duplicate_pages: guest.duplicate_pages()?,
         saved_bytes: domain.stats.saved_bytes,
-        verify_errors: verified.errors,
-        verify_passes: verified.passes,
+        verify_errors: accounts.iter().map(|account| account.errors).sum(),
+        verify_passes: accounts.iter().filter_map(|account| account.passes).sum(),
         elapsed_ms: 0,
     })
 }
@@ -154,9 +156,13 @@ impl Stage<'_> {
         let deadline = Instant::now() + self.phase_time;
         loop {
             let vms = self.healthy_vms().await?;
-            let filled = self.guest.filled(self.client, &vms).await?;
-            progress.filling(filled, self.guest.vms(), self.server.pss_bytes()?);
-            if filled == self.guest.vms() {
+            let accounts = self.guest.accounts(self.client, &vms).await?;
+            let filled = accounts
+                .iter()
+                .filter(|account| account.passes.is_some())
+                .count();
+            progress.filling(filled, vms.len(), self.server.pss_bytes()?);
+            if filled == vms.len() {
                 return Ok(());
             }
             self.before(deadline, "the guests to fill their memory")
@@ -204,22 +210,12 @@ impl Stage<'_> {
     /// Waits until every guest has verified all its pages again, merged as they are now.
     async fn wait_verified(&self, progress: &mut Progress) -> Result<(), CommandError> {
         let deadline = Instant::now() + self.phase_time;
-        let before = self
-            .guest
-            .passes(self.client, &self.healthy_vms().await?)
-            .await?;
+        let before = self.passes().await?;
         loop {
-            let now = self
-                .guest
-                .passes(self.client, &self.healthy_vms().await?)
-                .await?;
+            let now = self.passes().await?;
             // A pass that was under way does not count.
-            let is_done = |(now, before): (&u64, &u64)| *now > before + PASSES_AFTER;
-            let done = now
-                .iter()
-                .zip(&before)
-                .filter(|&pair| is_done(pair))
-                .count();
+            let is_done = |(now, before): &(&u64, &u64)| **now > **before + PASSES_AFTER;
+            let done = now.iter().zip(&before).filter(is_done).count();
             progress.note(&format!("verifying: {done} of {} vms done", before.len()));
             if done == before.len() {
                 return Ok(());
@@ -227,6 +223,17 @@ impl Stage<'_> {
             self.before(deadline, "the guests to verify their memory")
                 .await?;
         }
+    }
+
+    async fn passes(&self) -> Result<Vec<u64>, CommandError> {
+        let accounts = self
+            .guest
+            .accounts(self.client, &self.healthy_vms().await?)
+            .await?;
+        Ok(accounts
+            .iter()
+            .map(|account| account.passes.unwrap_or(0))
+            .collect())
     }
 
     /// All VMs, none of which may have ended.

@@ -33,7 +33,7 @@ impl Progress {
         }
     }
 
-    pub(super) fn filling(&mut self, filled: u16, vms: u16, memory_bytes: u64) {
+    pub(super) fn filling(&mut self, filled: usize, vms: usize, memory_bytes: u64) {
         let memory = in_units(i128::from(memory_bytes));
         self.note(&format!(
             "filling: {filled} of {vms} vms done, memory {memory}"
