@@ -1,0 +1,40 @@
+//! Port writes, from user mode.
+//!
+//! The I/O privilege level allows them. A hypervisor that honours no such level for its guests raises
+//! a protection fault, and then `boot.s` does the write. (A software interrupt would be the plain way,
+//! but some hypervisors without hardware support cannot deliver one.)
+
+use core::arch::asm;
+
+use pageload_workload::port::{PVPANIC, SLEEP_US};
+
+/// Writes 32 bits to a port.
+pub(crate) fn out_32(port: u16, value: u32) {
+    // SAFETY:
+    // 1. The monitor's devices at these ports do not touch guest memory.
+    // 2. A fault leaves all registers as they are, and is handled on a stack of its own.
+    unsafe {
+        asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags));
+    }
+}
+
+/// Writes 8 bits to a port.
+pub(crate) fn out_8(port: u16, value: u8) {
+    // SAFETY: as in `out_32`.
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags));
+    }
+}
+
+/// Asks the monitor to hold this vCPU. One that does not know the port goes on at once.
+pub(crate) fn sleep_us(us: u32) {
+    out_32(SLEEP_US, us);
+}
+
+/// Tells the monitor that the guest is over.
+pub(crate) fn end(pvpanic_value: u8) -> ! {
+    out_8(PVPANIC, pvpanic_value);
+    loop {
+        sleep_us(1_000_000);
+    }
+}
