@@ -1,4 +1,67 @@
-//! Samepage: vmm.
+//! Samepage's monitor: many KVM microVMs in one process, which is one merge domain.
+//!
+//! # The problem
+//! Pages can only be shared inside one process: that is what keeps strangers apart. So the VMs
+//! that may share live in one monitor, and the monitor must be what a process per VM would be:
+//! a guest that crashes, spins, floods or lies must not hurt its neighbours, and a VM that ends
+//! must leave nothing behind, at any moment of its life, however it ends.
+//!
+//! # What is guaranteed
+//! - A VM is `Running`, `Paused` or nothing: a start that fails leaves the VM as it was, and
+//!   [`VmState::Ended`] is published when its threads are joined, its devices are gone and its
+//!   memory was handed over.
+//! - Every VM ends for exactly one [`EndReason`], the first that was found.
+//! - A panic in a vCPU thread or a device queue ends that VM and no other.
+//! - No thread polls: a halted vCPU sleeps in KVM, a paused one at its gate.
+//! - What a guest says is checked where it enters. What a user says is checked by
+//!   [`VmConfig::validate`], and errors name the field and the value.
+//! - Dropping the [`Monitor`] stops every VM and joins every thread.
+//!
+//! # Modules
+//! | module | holds | kind |
+//! |---|---|---|
+//! | [`monitor`] | [`Monitor`]: the VMs of one domain | thin |
+//! | `vm` | the record of one VM; every change of its state | locks |
+//! | [`state`] | states, end reasons, legal steps | pure |
+//! | `reaper` | takes ended VMs down | thread |
+//! | `machine` | a running VM: assembly and teardown, in order | mechanism |
+//! | `drives` | the configuration's drives as devices | mechanism |
+//! | [`start`] | the files of a configuration, loaded | files |
+//! | [`config`], [`id`] | the Firecracker config file; names | pure |
+//! | [`info`], [`error`] | what is told about VMs and errors | pure |
+//! | [`console`] | output ring, readers, input | locks |
+//! | [`memory`] | address space layout; RAM over one host mapping | pure, unsafe |
+//! | [`boot`] | kernel, initrd, command line, tables in guest memory | pure |
+//! | `kvm` | VM, vCPU set-up and threads, gate and kick, exits | system calls, unsafe |
+//! | `device` | port-mapped devices | state |
+//! | [`bus`] | MMIO address to device | pure |
+//! | [`events`] | the event loop | thread |
+//! | [`virtio`] | virtio-mmio transport, queues, block device | state |
+//! | `panics` | text of a caught panic | pure |
+//!
+//! # Threads
+//! | thread | number | does | ends |
+//! |---|---|---|---|
+//! | `v<n>:<vm>` | one for each vCPU | runs the guest, serves its register accesses | with its VM |
+//! | `events` | one | serves device queues | with the monitor |
+//! | `reaper` | one | takes ended VMs down | with the monitor |
+//! | the merge worker | one | see `dedup` | with the monitor's engine |
+//! | callers | any | requests to [`Monitor`] | |
+//!
+//! # Locks
+//! Total order, outermost first; a thread may skip locks but never go back:
+//! 1. the *list of VMs* (`Monitor::vms`): short; never held over a request to a VM, except to ask
+//!    whether it may be deleted.
+//! 2. the *cell* of a VM (`Vm::cell`): its state and its machine. Held while vCPUs come to stand
+//!    still, so no vCPU takes it before it has left its gate for good.
+//! 3. the *gate* of a VM (`kvm::gate`).
+//! 4. the *kick* of a vCPU (`kvm::run_page`): leaf, around one store.
+//! 5. *devices*: a virtio device's registers, then the device (see [`virtio`]); the serial port;
+//!    the keyboard controller; CMOS; the report port. A thread that holds one takes none of 1 to 4.
+//! 6. the *console's input* (its lock is released before the serial port's is taken), then the
+//!    *console's log*: leaves.
+//!
+//! The event loop is waited for (to remove a subscriber) with none of these held.
 
 pub mod boot;
 pub mod bus;

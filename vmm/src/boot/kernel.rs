@@ -9,7 +9,7 @@ use vm_memory::{GuestAddress, ReadVolatile};
 use crate::memory::GuestMemory;
 use crate::memory::layout::{HIMEM_ADDRESS, low_ram_end};
 
-/// Errors of [`load`]. The caller names the file.
+/// Errors of loading a kernel. The caller names the file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
@@ -201,4 +201,114 @@ where
         end,
         header: Some(header),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::ram::Ram;
+    use proptest::prelude::*;
+    use std::io::Cursor;
+    use vm_memory::Bytes;
+
+    const MEM_SIZE_BYTES: u64 = 4 << 20;
+
+    fn loaded(image: &[u8]) -> Result<Kernel, KernelError> {
+        let ram = Ram::new(MEM_SIZE_BYTES, None).unwrap();
+        let kernel = load(ram.memory(), MEM_SIZE_BYTES, &mut Cursor::new(image));
+        ram.release().unwrap();
+        kernel
+    }
+
+    /// An ELF image of one segment of 8 bytes.
+    fn elf(entry: u64, address: u64, mem_size: u64) -> Vec<u8> {
+        let mut image = vec![0; 120];
+        image[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        image[16] = 2;
+        image[18] = 62;
+        image[24..32].copy_from_slice(&entry.to_le_bytes());
+        image[32] = 64;
+        image[54] = 56;
+        image[56] = 1;
+        image[64] = 1;
+        image[72] = 120;
+        image[88..96].copy_from_slice(&address.to_le_bytes());
+        image[96] = 8;
+        image[104..112].copy_from_slice(&mem_size.to_le_bytes());
+        image.extend(*b"KERNEL!!");
+        image
+    }
+
+    #[test]
+    fn an_elf_kernel_is_put_where_it_says() {
+        let ram = Ram::new(MEM_SIZE_BYTES, None).unwrap();
+        let image = elf(0x10_0004, HIMEM_ADDRESS, 0x2000);
+        let kernel = load(ram.memory(), MEM_SIZE_BYTES, &mut Cursor::new(&image)).unwrap();
+        assert_eq!((kernel.entry, kernel.end), (0x10_0004, 0x10_2000));
+        let mut bytes = [0; 8];
+        ram.memory()
+            .read_slice(&mut bytes, GuestAddress(HIMEM_ADDRESS))
+            .unwrap();
+        assert_eq!(&bytes, b"KERNEL!!");
+        ram.release().unwrap();
+    }
+
+    #[test]
+    fn a_kernel_that_needs_more_memory_says_how_much() {
+        let error = loaded(&elf(HIMEM_ADDRESS, HIMEM_ADDRESS, MEM_SIZE_BYTES)).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("0x500000") && text.contains("0x400000"),
+            "{text}"
+        );
+        let error = loaded(&elf(HIMEM_ADDRESS, HIMEM_ADDRESS, u64::MAX)).unwrap_err();
+        assert!(matches!(error, KernelError::TooLarge { .. }), "{error}");
+    }
+
+    #[test]
+    fn other_files_are_refused_for_what_they_are() {
+        assert!(matches!(
+            loaded(b"#!/bin/sh"),
+            Err(KernelError::UnknownFormat)
+        ));
+        assert!(matches!(loaded(b""), Err(KernelError::UnknownFormat)));
+        let mut arm = elf(HIMEM_ADDRESS, HIMEM_ADDRESS, 8);
+        arm[18] = 183;
+        assert!(matches!(
+            loaded(&arm),
+            Err(KernelError::WrongMachine { machine: 183, .. })
+        ));
+        let outside = elf(HIMEM_ADDRESS + 8, HIMEM_ADDRESS, 8);
+        assert!(matches!(
+            loaded(&outside),
+            Err(KernelError::EntryOutside { .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_kernels_are_errors_never_panics(
+            damage in prop::collection::vec((0_usize..128, any::<u8>()), 0..8),
+            cut in 0_usize..=128,
+        ) {
+            let mut image = elf(HIMEM_ADDRESS, HIMEM_ADDRESS, 8);
+            damage.into_iter().for_each(|(at, byte)| image[at] = byte);
+            image.truncate(cut);
+            drop(loaded(&image));
+        }
+
+        #[test]
+        fn damaged_bzimages_are_errors_never_panics(
+            damage in prop::collection::vec((0x1f1_usize..0x270, any::<u8>()), 0..12),
+        ) {
+            let mut image = vec![0; 0x1000];
+            image[0x1f1] = 1;
+            image[0x202..0x206].copy_from_slice(b"HdrS");
+            image[0x206..0x208].copy_from_slice(&0x020f_u16.to_le_bytes());
+            image[0x211] = 1;
+            image[0x236] = 1;
+            damage.into_iter().for_each(|(at, byte)| image[at] = byte);
+            drop(loaded(&image));
+        }
+    }
 }

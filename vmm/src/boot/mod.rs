@@ -129,3 +129,51 @@ pub(crate) fn write_tables(
     )?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::ram::Ram;
+    use std::io::Cursor;
+
+    const MEM_SIZE_BYTES: u64 = 4 << 20;
+
+    fn placed(size: usize, kernel_end: u64) -> Result<Initrd, BootError> {
+        let ram = Ram::new(MEM_SIZE_BYTES, None).unwrap();
+        let kernel = kernel::Kernel {
+            entry: HIMEM_ADDRESS,
+            end: kernel_end,
+            header: None,
+        };
+        let image = vec![0x5a; size];
+        let initrd = load_initrd(
+            ram.memory(),
+            MEM_SIZE_BYTES,
+            &kernel,
+            &mut Cursor::new(image),
+        );
+        ram.release().unwrap();
+        initrd
+    }
+
+    #[test]
+    fn the_initrd_lies_page_aligned_at_the_end_of_memory() {
+        let initrd = placed(5000, 0x20_0000).unwrap();
+        assert_eq!(
+            initrd,
+            Initrd {
+                address: 0x3f_e000,
+                size_bytes: 5000
+            }
+        );
+    }
+
+    #[test]
+    fn an_initrd_never_overlaps_the_kernel() {
+        let end = 0x3f_e000;
+        placed(5000, end).unwrap();
+        let error = placed(5000, end + 1).unwrap_err();
+        assert!(error.to_string().contains("mem_size_mib"), "{error}");
+        placed(8 << 20, HIMEM_ADDRESS).unwrap_err();
+    }
+}
