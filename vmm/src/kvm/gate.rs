@@ -15,6 +15,17 @@ pub(crate) enum Order {
     Exit = 2,
 }
 
+/// What the gate says to a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Run the guest.
+    Run,
+    /// Run the guest, which stood still meanwhile.
+    RunAfterPause,
+    /// Leave.
+    Leave,
+}
+
 /// The gate of one VM.
 #[derive(Debug)]
 pub(crate) struct Gate {
@@ -59,11 +70,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// For a vCPU: waits while the order is to stand still. Returns whether to run the guest; if
-    /// not, the vCPU leaves.
-    pub(crate) fn pass(&self) -> bool {
+    /// For a vCPU: waits while the order is to stand still. A vCPU told to leave calls
+    /// [`Gate::leave`] next.
+    pub(crate) fn pass(&self) -> Pass {
         if self.order.load(Ordering::SeqCst) == Order::Run as u8 {
-            return true;
+            return Pass::Run;
         }
         let mut state = self.lock();
         state.passing -= 1;
@@ -74,7 +85,11 @@ impl Gate {
             .wait_while(state, paused)
             .unwrap_or_else(PoisonError::into_inner);
         state.passing += 1;
-        state.order == Order::Run
+        if state.order == Order::Run {
+            Pass::RunAfterPause
+        } else {
+            Pass::Leave
+        }
     }
 
     /// For a vCPU that is over: it is not waited for any more.
@@ -109,7 +124,7 @@ mod tests {
             .map(|_| {
                 let (gate, rounds) = (gate.clone(), rounds.clone());
                 std::thread::spawn(move || {
-                    while gate.pass() {
+                    while gate.pass() != Pass::Leave {
                         rounds.fetch_add(1, Ordering::SeqCst);
                         std::thread::yield_now();
                     }
@@ -142,14 +157,14 @@ mod tests {
         let gate = Gate::new(1);
         gate.set(Order::Exit);
         gate.set(Order::Run);
-        assert!(!gate.pass());
+        assert_eq!(gate.pass(), Pass::Leave);
     }
 
     #[test]
     fn a_vcpu_that_left_is_not_waited_for() {
         let gate = Gate::new(1);
         gate.set(Order::Run);
-        assert!(gate.pass());
+        assert_eq!(gate.pass(), Pass::Run);
         gate.leave();
         gate.set(Order::Pause);
         gate.wait_still();
