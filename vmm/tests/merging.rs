@@ -24,7 +24,7 @@ fn report(lab: &Lab, vm: &VmId) -> GuestReport {
 }
 
 /// Polls until `done`, at a pace that leaves the machine to the guests.
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + LONG;
     while !done() {
         assert!(Instant::now() < deadline, "not in time: {what}");
@@ -50,7 +50,7 @@ fn pages_are_merged_under_running_guests_and_stay_what_they_are() {
         .collect();
     let alone = lab.start("alone", pageload(&args(9), false));
     let merging = |vm: &VmId| lab.monitor.merge_stats(vm).unwrap().pages_merging;
-    until("all are merged", || {
+    wait_until("all are merged", || {
         merged.iter().all(|vm| merging(vm) > 1000)
     });
     assert_eq!(merging(&alone), 0, "merge: false keeps a VM out");
@@ -59,7 +59,7 @@ fn pages_are_merged_under_running_guests_and_stay_what_they_are() {
     engine.set_run(dedup::Run::Unmerge).unwrap();
     let passes = |vm: &VmId| report(&lab, vm).verify_passes;
     let before: Vec<u64> = merged[1..].iter().map(&passes).collect();
-    until("two more passes", || {
+    wait_until("two more passes", || {
         merged[1..]
             .iter()
             .zip(&before)
