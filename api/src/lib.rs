@@ -1,1 +1,56 @@
-//! Samepage: api.
+//! Samepage's front door: the REST server, its client and the command line.
+//!
+//! Firecracker's API knows one VM per process, and with one VM there is nothing to share. This
+//! crate is that API times N: `/vms/{id}` in front of Firecracker's paths, and `/merge` beside
+//! them for what the VMs share.
+//!
+//! # Guarantees
+//! - VMs share pages only if both their configs name the same `merge_domain`.
+//! - Every error is `{"fault_message": ...}`; a request that was refused changed nothing.
+//! - The socket is never open to other users, and a live server is never pushed off it.
+//! - When the server goes, its VMs, threads and socket go with it.
+//!
+//! # Modules
+//! | module | holds |
+//! |---|---|
+//! | [`route`], [`request`] | method, path and body to a [`request::Request`]; pure |
+//! | [`domain_name`] | how paths and replies name a merge domain |
+//! | [`front_door`] | which monitor serves which VM, and what each request does there |
+//! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
+//! | [`server`], [`socket`], [`http10`], [`console_stream`] | the unix socket and HTTP on it |
+//! | [`client`] | the other end of it |
+//! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
+//! | [`vm_args`] | from arguments to a VM's config |
+//! | [`terminal`], [`table`], [`bytes`] | the user's side: keys in, columns and sizes out |
+//!
+//! # Locks
+//! One of our own, `FrontDoor`'s roster; see [`front_door`]. No lock of a monitor is taken under
+//! it but those inside `Monitor::new`.
+//!
+//! # Threads
+//! hyper runs on tokio's threads; whatever may block (a VM's start, an unmerge) runs on tokio's
+//! blocking threads, and so does each open console stream.
+
+#![forbid(unsafe_code)]
+
+pub mod bytes;
+pub mod cli;
+pub mod client;
+pub mod command;
+pub mod console_stream;
+pub mod domain_name;
+pub mod fault;
+pub mod front_door;
+pub mod http10;
+pub mod model;
+pub mod reply;
+pub mod request;
+pub mod route;
+pub mod server;
+pub mod socket;
+pub mod table;
+pub mod terminal;
+pub mod vm_args;
+
+/// The OpenAPI document of this API, as `GET /openapi.json` serves it.
+pub const OPENAPI_JSON: &str = include_str!("../../resources/openapi.json");

@@ -1,1 +1,20 @@
-//! Samepage: tests.
+//! What Samepage's integration tests have in common.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`binary`] | the `samepage` binary under test |
+//! | [`server`] | a server process that ends with its test |
+//! | [`http`] | HTTP as bytes, independent of our own client |
+//! | [`kvm`] | whether VMs can run here |
+//! | [`tiny_kernel`] | guests of a few bytes |
+//! | [`wait`] | waiting for a condition, with a deadline |
+//!
+//! # Locks
+//! None.
+
+pub mod binary;
+pub mod http;
+pub mod kvm;
+pub mod server;
+pub mod tiny_kernel;
+pub mod wait;

@@ -1,0 +1,417 @@
+//! The command line's arguments.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vmm::{MergeDomain, VmId};
+
+/// Run many near-identical microVMs and give the memory they have in common back to the host
+#[derive(Debug, Parser)]
+#[command(
+    name = "samepage",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Examples:
+  samepage demo                            see it work, without any setup
+  samepage serve &                         start the server
+  samepage launch web1 --merge-domain web --kernel vmlinux --initrd initramfs.cpio
+  samepage launch web2 --merge-domain web --kernel vmlinux --initrd initramfs.cpio
+  samepage stats --watch                   see web1 and web2 share their memory
+  samepage console web1                    use web1's serial console
+  samepage run --kernel vmlinux --initrd initramfs.cpio      one VM, right here, no server
+
+The server's socket is --api-sock, else $SAMEPAGE_SOCKET, else $XDG_RUNTIME_DIR/samepage.sock,
+else /run/samepage.sock."
+)]
+pub struct Cli {
+    /// The server's unix socket
+    #[arg(long, global = true, value_name = "PATH")]
+    pub api_sock: Option<PathBuf>,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the REST API on a unix socket until SIGINT or SIGTERM
+    Serve(ServeArgs),
+    /// Run one VM in the foreground, its console on this terminal
+    Run(RunArgs),
+    /// Create and start a VM on the server
+    Launch(LaunchArgs),
+    /// List the server's VMs
+    Ps(PsArgs),
+    /// End a VM at once; its record and console stay until `rm`
+    #[command(after_help = "Examples:\n  samepage stop web1")]
+    Stop(IdArgs),
+    /// Delete a VM that does not run
+    Rm(RmArgs),
+    /// Attach to a VM's serial console
+    Console(ConsoleArgs),
+    /// Show what is shared and what that saves
+    Stats(StatsArgs),
+    /// Show same-page merging at work: start VMs, watch their memory fall, verify it
+    Demo(DemoArgs),
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  samepage serve
+  samepage serve --api-sock /run/ci.sock --domain ci
+  curl --unix-socket /run/ci.sock http://localhost/merge/ci")]
+pub struct ServeArgs {
+    /// A merge domain to open now and to keep while it has no VMs; may be repeated
+    ///
+    /// A domain that is not named here opens with its first VM and closes with its last.
+    #[arg(long = "domain", value_name = "NAME")]
+    pub domains: Vec<MergeDomain>,
+
+    /// Also stop when standard input ends, so that a parent process cannot leave a server behind
+    #[arg(long)]
+    pub stop_on_stdin_end: bool,
+}
+
+/// What a VM consists of: a Firecracker config file, flags, or both (flags win).
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "The VM")]
+pub struct VmArgs {
+    /// A Firecracker config file; the flags below change or complete it
+    #[arg(long, alias = "config-file", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Kernel image (ELF vmlinux or bzImage), or `builtin:pageload` for the embedded test guest
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial ramdisk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+
+    /// Kernel command line; a Linux guest gets `console=ttyS0 reboot=k panic=-1` if neither this
+    /// nor the config file has one
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub boot_args: Option<String>,
+
+    /// Guest memory in MiB [default: 128]
+    #[arg(long, value_name = "MIB")]
+    pub mem_mib: Option<u64>,
+
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u8>,
+
+    /// A disk: a raw image file, read-only with `:ro` at its end; may be repeated
+    ///
+    /// Without --initrd the first one is the root device.
+    #[arg(long = "drive", value_name = "PATH[:ro]")]
+    pub drives: Vec<DriveArg>,
+
+    /// The merge domain; VMs share memory only with those of the same domain
+    #[arg(long, value_name = "NAME")]
+    pub merge_domain: Option<MergeDomain>,
+
+    /// Keep this VM's memory to itself
+    #[arg(long)]
+    pub no_merge: bool,
+
+    /// When memory runs out, the VM with the lowest is stopped first [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub oom_priority: Option<i32>,
+}
+
+/// `--drive`: a path, and whether the guest may write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DriveArg {
+    /// The image file.
+    pub path: PathBuf,
+    /// `:ro` was given.
+    pub is_read_only: bool,
+}
+
+impl FromStr for DriveArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DriveArg, String> {
+        let (path, is_read_only) = match text.strip_suffix(":ro") {
+            Some(path) => (path, true),
+            None => (text, false),
+        };
+        if path.is_empty() {
+            return Err("the path is empty".to_owned());
+        }
+        Ok(DriveArg {
+            path: path.into(),
+            is_read_only,
+        })
+    }
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+On a terminal the console takes all keys; Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends one Ctrl-A.
+Otherwise standard input is the console's input, and SIGINT or SIGTERM end the VM.
+
+Exit status:
+  0        the guest shut down or reset itself, or was ended by Ctrl-A x
+  1, 2     samepage failed; wrong arguments
+  3        the guest's kernel panicked
+  4        the guest triple-faulted
+  5        the guest ran an instruction that KVM cannot execute
+  6        another error ended the VM
+  130, 143 SIGINT or SIGTERM ended it
+
+Examples:
+  samepage run --kernel vmlinux --initrd initramfs.cpio
+  samepage run --config vm.json --mem-mib 256
+  samepage run --kernel vmlinux --drive root.ext4:ro --boot-args 'console=ttyS0 root=/dev/vda'")]
+pub struct RunArgs {
+    /// The VM.
+    #[command(flatten)]
+    pub vm: VmArgs,
+}
+
+/// Arguments of `launch`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  samepage launch web1 --merge-domain web --kernel vmlinux --initrd initramfs.cpio
+  samepage launch web2 --config vm.json
+  samepage launch web3 --config vm.json --no-start")]
+pub struct LaunchArgs {
+    /// The new VM's id: 1 to 64 characters of A-Z a-z 0-9 _ -
+    pub id: VmId,
+
+    /// Create it, but do not start it
+    #[arg(long)]
+    pub no_start: bool,
+
+    /// The VM.
+    #[command(flatten)]
+    pub vm: VmArgs,
+}
+
+/// Arguments of `ps`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  samepage ps\n  samepage ps --json")]
+pub struct PsArgs {
+    /// One JSON array
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A VM's id.
+#[derive(Debug, Args)]
+pub struct IdArgs {
+    /// The VM's id
+    pub id: VmId,
+}
+
+/// Arguments of `rm`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  samepage rm web1\n  samepage rm --force web1")]
+pub struct RmArgs {
+    /// The VM's id
+    pub id: VmId,
+
+    /// Stop it first if it runs
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+/// Arguments of `console`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Shows what the console has shown so far, then what it shows, until the VM ends.
+On a terminal Ctrl-A x detaches and Ctrl-A Ctrl-A sends one Ctrl-A; the VM goes on.
+
+Examples:
+  samepage console web1
+  samepage console web1 --history | tail
+  echo uptime | samepage console web1")]
+pub struct ConsoleArgs {
+    /// The VM's id
+    pub id: VmId,
+
+    /// Only watch
+    #[arg(long, conflicts_with = "history")]
+    pub no_input: bool,
+
+    /// Print what the console has shown so far, and exit
+    #[arg(long)]
+    pub history: bool,
+}
+
+/// Arguments of `stats`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Counters have the names and meanings of Linux's /sys/kernel/mm/ksm; `saved` is net of what the
+sharing itself costs (shared pages, page tables' mappings, records).
+
+Examples:
+  samepage stats
+  samepage stats web1
+  samepage stats --watch=5
+  samepage stats --json")]
+pub struct StatsArgs {
+    /// Only this VM
+    pub id: Option<VmId>,
+
+    /// JSON: an object with each merge domain's counters by its name, or one VM's counters
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show it again every so many seconds, until Ctrl-C
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "1",
+        value_parser = parse_seconds
+    )]
+    pub watch: Option<f64>,
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=86400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("must be a number from 0.1 to 86400".to_owned()),
+    }
+}
+
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The demo starts a server of its own, launches the VMs with merging stopped, waits until they have
+filled their memory, and then lets the worker merge while every guest verifies what it wrote.
+It exits with 0 only if no guest found a wrong byte and at least 95 % of the duplicate pages
+that the workload made were given back.
+
+The summary counts a page as duplicate if it could be given back: every copy of a content beyond
+its first, and every page of zeros. Memory is the server's PSS, measured.
+
+Examples:
+  samepage demo
+  samepage demo --vms 16 --mem-mib 128
+  samepage demo --json | tail -n 1
+  samepage demo --guest linux --vms 2 --kernel vmlinux --initrd initramfs.cpio")]
+pub struct DemoArgs {
+    /// Number of VMs
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub vms: u16,
+
+    /// Memory of each VM in MiB [default: 64; linux: 128]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(16..=65536))]
+    pub mem_mib: Option<u32>,
+
+    /// What runs in the VMs
+    #[arg(long, value_enum, default_value_t = DemoGuest::Pageload)]
+    pub guest: DemoGuest,
+
+    /// Progress on standard error, the summary as one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+
+    /// Kernel for --guest linux [default: the one built by resources/guest-linux/build]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial ramdisk for --guest linux [default: the one built by resources/guest-linux/build]
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+}
+
+/// The demo's guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DemoGuest {
+    /// The embedded bare-metal guest: starts at once, fills and verifies its memory
+    Pageload,
+    /// Linux
+    Linux,
+}
+
+impl DemoGuest {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            DemoGuest::Pageload => "pageload",
+            DemoGuest::Linux => "linux",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string);
+            let shows = help.is_some_and(|help| help.contains("Examples:\n  samepage "));
+            assert!(shows, "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn api_sock_is_taken_before_and_after_the_command() {
+        for line in ["samepage --api-sock /a ps", "samepage ps --api-sock /a"] {
+            assert_eq!(parse(line).unwrap().api_sock, Some("/a".into()));
+        }
+    }
+
+    #[test]
+    fn watch_takes_an_optional_number_and_leaves_the_id_alone() {
+        let watch = |line: &str| match parse(line).unwrap().command {
+            Command::Stats(args) => (args.watch, args.id.map(|id| id.to_string())),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(watch("samepage stats"), (None, None));
+        assert_eq!(
+            watch("samepage stats --watch a"),
+            (Some(1.0), Some("a".into()))
+        );
+        assert_eq!(watch("samepage stats --watch=0.5"), (Some(0.5), None));
+        parse("samepage stats --watch=0").unwrap_err();
+    }
+
+    #[test]
+    fn drives_may_be_read_only() {
+        let drive: DriveArg = "/a:b.img:ro".parse().unwrap();
+        assert_eq!(drive.path, PathBuf::from("/a:b.img"));
+        assert!(drive.is_read_only);
+        assert!(!"/a.img".parse::<DriveArg>().unwrap().is_read_only);
+        ":ro".parse::<DriveArg>().unwrap_err();
+    }
+
+    #[test]
+    fn bad_ids_are_refused_before_anything_is_sent() {
+        for line in [
+            "samepage stop a/b",
+            "samepage launch ..",
+            "samepage serve --domain a:b",
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

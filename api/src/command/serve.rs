@@ -1,0 +1,74 @@
+//! `samepage serve`: the REST server.
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+use crate::cli::ServeArgs;
+use crate::command::CommandError;
+use crate::front_door::FrontDoor;
+use crate::server;
+use crate::socket::ApiSocket;
+
+/// Serves on `path` until SIGINT or SIGTERM.
+///
+/// # Errors
+/// If the socket is taken or cannot be made, or a declared domain cannot be opened.
+pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
+    // Caught from before the socket exists: whoever can see the socket can stop us cleanly.
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(CommandError::os("sigint"))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(CommandError::os("sigterm"))?;
+    let settings = dedup::Settings {
+        run: dedup::Run::Merge,
+        ..dedup::Settings::default()
+    };
+    let door = Arc::new(FrontDoor::new(settings));
+    for domain in args.domains {
+        door.declare(domain)
+            .map_err(|fault| CommandError::Other(fault.message))?;
+    }
+    let (socket, listener) = ApiSocket::bind(path)?;
+    listener
+        .set_nonblocking(true)
+        .map_err(CommandError::os("api socket"))?;
+    let listener = UnixListener::from_std(listener).map_err(CommandError::os("api socket"))?;
+    // A parent process that holds our standard input knows, and has its own things to say.
+    if !args.stop_on_stdin_end {
+        eprintln!("samepage: serving on {}", socket.path().display());
+    }
+
+    let stdin_end = watch_stdin(args.stop_on_stdin_end)?;
+    let stop = async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            Ok(()) = stdin_end => {}
+        }
+    };
+    let served = server::serve(listener, door, stop).await;
+    served.map_err(CommandError::os("api socket"))
+}
+
+/// Completes at the end of standard input if `is_wanted`, and fails at once if not.
+fn watch_stdin(is_wanted: bool) -> Result<oneshot::Receiver<()>, CommandError> {
+    let (ended, end) = oneshot::channel();
+    if is_wanted {
+        // A thread of its own: a read of standard input cannot be taken back.
+        let watching = std::thread::Builder::new().name("stdin".to_owned());
+        let read_to_end = move || {
+            let mut scrap = [0; 256];
+            let mut stdin = std::io::stdin().lock();
+            while stdin.read(&mut scrap).is_ok_and(|length| length > 0) {}
+            // Nobody listens any more: the server is stopping already.
+            let _ = ended.send(());
+        };
+        watching
+            .spawn(read_to_end)
+            .map_err(CommandError::os("thread for standard input"))?;
+    }
+    Ok(end)
+}

@@ -1,0 +1,116 @@
+//! `samepage stats`: what is shared, and what that saves.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use dedup::RegionStats;
+
+use crate::bytes::in_units;
+use crate::cli::StatsArgs;
+use crate::client::Client;
+use crate::command::{CommandError, print, to_pretty_json};
+use crate::model::Domain;
+use crate::table::Table;
+
+/// Clears a terminal and puts the cursor into its corner.
+const CLEAR: &str = "\x1b[2J\x1b[H";
+
+/// Shows the counters once, or again and again.
+///
+/// # Errors
+/// If there is no server or no VM of this id.
+pub async fn stats(client: &Client, args: &StatsArgs) -> Result<(), CommandError> {
+    let Some(seconds) = args.watch else {
+        return print(&snapshot(client, args).await?);
+    };
+    let clears = std::io::stdout().is_terminal() && !args.json;
+    loop {
+        let text = snapshot(client, args).await?;
+        if clears {
+            print(&format!("{CLEAR}{text}"))?;
+        } else {
+            print(&text)?;
+        }
+        tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
+    }
+}
+
+async fn snapshot(client: &Client, args: &StatsArgs) -> Result<String, CommandError> {
+    if let Some(id) = &args.id {
+        let merge = client.vm_merge(id.as_str()).await?;
+        return if args.json {
+            json(&merge, args)
+        } else {
+            Ok(vm_table(std::iter::once((id.as_str(), &merge))))
+        };
+    }
+    let domains = client.list_domains().await?;
+    if args.json {
+        json(&domains, args)
+    } else {
+        Ok(domain_tables(&domains))
+    }
+}
+
+/// Indented once, a line each time when watched.
+fn json(value: &impl serde::Serialize, args: &StatsArgs) -> Result<String, CommandError> {
+    if args.watch.is_none() {
+        return to_pretty_json(value);
+    }
+    serde_json::to_string(value)
+        .map(|line| line + "\n")
+        .map_err(|error| CommandError::Other(format!("no json form: {error}")))
+}
+
+fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
+    let mut table = Table::new(&[
+        "DOMAIN", "RUN", "VMS", "SHARED", "SHARING", "ZERO", "UNSHARED", "VOLATILE", "SCANS",
+        "POOL", "SAVED",
+    ]);
+    for (name, domain) in domains {
+        let stats = &domain.stats;
+        table.row(vec![
+            name.clone(),
+            format!("{:?}", domain.run).to_lowercase(),
+            domain.vms.len().to_string(),
+            stats.pages_shared.to_string(),
+            stats.pages_sharing.to_string(),
+            stats.pages_zero.to_string(),
+            stats.pages_unshared.to_string(),
+            stats.pages_volatile.to_string(),
+            stats.full_scans.to_string(),
+            in_units(i128::from(stats.pool_bytes)),
+            in_units(i128::from(stats.saved_bytes)),
+        ]);
+    }
+    let mut text = table.to_string();
+    let vms: Vec<(&str, &RegionStats)> = domains
+        .values()
+        .flat_map(|domain| domain.vms.iter().map(|(id, merge)| (id.as_str(), merge)))
+        .collect();
+    if !vms.is_empty() {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "\n{}", vm_table(vms));
+    }
+    text
+}
+
+fn vm_table<'a>(vms: impl IntoIterator<Item = (&'a str, &'a RegionStats)>) -> String {
+    let mut table = Table::new(&[
+        "VM", "MERGING", "ZERO", "UNSHARED", "VOLATILE", "VMAS", "SAVED",
+    ]);
+    for (id, merge) in vms {
+        table.row(vec![
+            id.to_owned(),
+            merge.pages_merging.to_string(),
+            merge.pages_zero.to_string(),
+            merge.pages_unshared.to_string(),
+            merge.pages_volatile.to_string(),
+            merge.vmas.to_string(),
+            in_units(i128::from(merge.profit_bytes)),
+        ]);
+    }
+    table.to_string()
+}

@@ -1,0 +1,39 @@
+//! `samepage stop` and `samepage rm`.
+
+use crate::cli::{IdArgs, RmArgs};
+use crate::client::Client;
+use crate::command::CommandError;
+use crate::request::ActionType;
+
+/// Ends a VM at once.
+///
+/// # Errors
+/// If there is none of this id or it does not run.
+pub async fn stop(client: &Client, args: &IdArgs) -> Result<(), CommandError> {
+    client
+        .act(args.id.as_str(), ActionType::InstanceStop)
+        .await?;
+    Ok(())
+}
+
+/// Deletes a VM, with `--force` also one that runs.
+///
+/// # Errors
+/// If there is none of this id, or it runs and `--force` was not given.
+pub async fn rm(client: &Client, args: &RmArgs) -> Result<(), CommandError> {
+    let id = args.id.as_str();
+    if args.force && is_alive(client, id).await? {
+        let stopped = client.act(id, ActionType::InstanceStop).await;
+        // It may have ended by itself since we looked: then the refusal to stop is no failure.
+        if stopped.is_err() && is_alive(client, id).await? {
+            stopped?;
+        }
+    }
+    client.delete_vm(id).await?;
+    Ok(())
+}
+
+async fn is_alive(client: &Client, id: &str) -> Result<bool, CommandError> {
+    let state = client.describe_vm(id).await?.state;
+    Ok(state == "Running" || state == "Paused")
+}

@@ -1,0 +1,72 @@
+//! What went wrong, as a client sees it.
+
+use hyper::StatusCode;
+use serde::{Deserialize, Serialize};
+
+/// An error of the API: the HTTP status and the text behind `fault_message`.
+///
+/// Firecracker answers every error with 400. Here the status says more where Firecracker has no
+/// counterpart (an unknown id, a second VM of the same name); a request that Firecracker knows and
+/// refuses in the VM's present state stays 400, so that its clients see what they expect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// A 4xx status, or 500 for an error of ours.
+    pub status: StatusCode,
+    /// One line for a human; names the field and the value.
+    pub message: String,
+    /// For 405: the methods that this path does take, as in the `Allow` header.
+    pub allow: Option<&'static str>,
+}
+
+/// The body of every error reply, as in Firecracker's `Error` schema.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultBody {
+    /// One line for a human.
+    pub fault_message: String,
+}
+
+impl Fault {
+    fn new(status: StatusCode, message: impl Into<String>) -> Fault {
+        Fault {
+            status,
+            message: message.into(),
+            allow: None,
+        }
+    }
+
+    /// 400: the request itself is wrong, or Firecracker's API refuses it in this state.
+    pub fn bad_request(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// 404: no such path, VM or merge domain.
+    pub fn not_found(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::NOT_FOUND, message)
+    }
+
+    /// 405: the path exists, but not with this method. `allow` lists the methods it takes.
+    pub fn method_not_allowed(message: impl Into<String>, allow: &'static str) -> Fault {
+        Fault {
+            allow: Some(allow),
+            ..Fault::new(StatusCode::METHOD_NOT_ALLOWED, message)
+        }
+    }
+
+    /// 409: the request is right but collides with what is there.
+    pub fn conflict(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::CONFLICT, message)
+    }
+
+    /// 413: the body is larger than `limit_bytes`.
+    pub fn body_too_large(limit_bytes: usize) -> Fault {
+        Fault::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("the request body is larger than the limit of {limit_bytes} bytes"),
+        )
+    }
+
+    /// 500: an error inside Samepage.
+    pub fn internal(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+}

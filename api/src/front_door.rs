@@ -1,0 +1,352 @@
+//! Which monitor serves which VM, and what each request does there.
+//!
+//! One [`Monitor`] per merge domain. A VM whose config names none gets a monitor to itself, so
+//! there is nobody it could share a page with. A monitor lives as long as its VMs, or as the
+//! server if its domain was declared at the server's start.
+//!
+//! # Locks
+//! `roster` is held to look up and to change who belongs where, never while a monitor works
+//! (starting, stopping and unmerging take long). A VM is on the roster before its monitor
+//! knows it and until after the monitor forgot it: an id is taken from the first moment, and in
+//! between the monitor itself answers that it does not know the VM.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hyper::StatusCode;
+use vmm::config::VmConfig;
+use vmm::{Console, ErrorKind, MergeDomain, Monitor, MonitorError, VmId};
+
+use crate::domain_name::DomainName;
+use crate::fault::Fault;
+use crate::model::{Domain, Version, VmDescription};
+use crate::reply::Reply;
+use crate::request::{ActionType, DesiredState, MergePatch, Request};
+
+/// All VMs and merge domains of one server.
+#[derive(Debug)]
+pub struct FrontDoor {
+    roster: Mutex<Roster>,
+    settings: dedup::Settings,
+}
+
+#[derive(Debug, Default)]
+struct Roster {
+    domains: BTreeMap<DomainName, Residence>,
+    vms: BTreeMap<VmId, DomainName>,
+    is_closed: bool,
+}
+
+#[derive(Debug)]
+struct Residence {
+    monitor: Arc<Monitor>,
+    /// Stays when its last VM goes.
+    is_declared: bool,
+}
+
+impl FrontDoor {
+    /// An empty house whose domains' engines start with `settings`.
+    pub fn new(settings: dedup::Settings) -> FrontDoor {
+        FrontDoor {
+            roster: Mutex::default(),
+            settings,
+        }
+    }
+
+    /// Opens a merge domain that stays even without VMs.
+    ///
+    /// # Errors
+    /// 500 if its monitor cannot be made.
+    pub fn declare(&self, domain: MergeDomain) -> Result<(), Fault> {
+        let name = DomainName::Named(domain);
+        let mut roster = self.roster();
+        roster.open(&name, &self.settings)?;
+        if let Some(residence) = roster.domains.get_mut(&name) {
+            residence.is_declared = true;
+        }
+        Ok(())
+    }
+
+    /// Does what `request` asks for. May take long: not for an async thread.
+    ///
+    /// # Errors
+    /// What the client did wrong, or 500.
+    pub fn handle(&self, request: Request) -> Result<Reply, Fault> {
+        match request {
+            Request::Version => Reply::json(&Version::current()),
+            Request::OpenApi => Ok(Reply::Json(crate::OPENAPI_JSON.into())),
+            Request::ListVms => Reply::json(&self.list_vms()),
+            Request::CreateVm(id, config) => self.create(&id, *config),
+            Request::DescribeVm(id) => self.describe_vm(&id),
+            Request::DeleteVm(id) => self.delete(&id),
+            Request::ActOnVm(id, action) => self.act(&id, action),
+            Request::SetVmState(id, state) => self.set_state(&id, state),
+            Request::DescribeVmConfig(id) => {
+                let monitor = self.monitor_of(&id)?;
+                Reply::json(&monitor.config(&id).map_err(|e| refusal(&e))?)
+            }
+            Request::DescribeVmMerge(id) => {
+                let monitor = self.monitor_of(&id)?;
+                let stats = monitor.merge_stats(&id).map_err(|e| refusal(&e))?;
+                Reply::json(&stats)
+            }
+            Request::VmConsole(id) => Ok(Reply::Text(self.console(&id)?.history())),
+            Request::ListDomains => Reply::json(&self.list_domains()),
+            Request::DescribeDomain(name) => {
+                Reply::json(&describe_domain(&*self.monitor_for(&name)?))
+            }
+            Request::PatchDomain(name, patch) => self.patch_domain(&name, &patch),
+        }
+    }
+
+    /// The console of a VM, for its history or as a stream.
+    ///
+    /// # Errors
+    /// 404 if there is no such VM.
+    pub fn console(&self, id: &VmId) -> Result<Console, Fault> {
+        self.monitor_of(id)?.console(id).map_err(|e| refusal(&e))
+    }
+
+    /// Refuses new VMs, ends all there are, and closes every domain.
+    pub fn close(&self) {
+        let domains = {
+            let mut roster = self.roster();
+            roster.is_closed = true;
+            roster.vms.clear();
+            std::mem::take(&mut roster.domains)
+        };
+        for (name, Residence { monitor, .. }) in domains {
+            for info in monitor.list() {
+                if info.state.is_alive()
+                    && let Err(error) = monitor.stop(&info.id)
+                {
+                    log::warn!("vm {} in domain {name}: cannot stop: {error}", info.id);
+                }
+            }
+        }
+    }
+
+    fn roster(&self) -> MutexGuard<'_, Roster> {
+        // Its maps are changed by single inserts and removes: whole after any panic.
+        self.roster.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn monitor_of(&self, id: &VmId) -> Result<Arc<Monitor>, Fault> {
+        let roster = self.roster();
+        let residence = roster.vms.get(id).and_then(|name| roster.domains.get(name));
+        residence
+            .map(|residence| Arc::clone(&residence.monitor))
+            .ok_or_else(|| Fault::not_found(format!("vm {id}: no such vm")))
+    }
+
+    fn monitor_for(&self, name: &DomainName) -> Result<Arc<Monitor>, Fault> {
+        let roster = self.roster();
+        roster
+            .domains
+            .get(name)
+            .map(|residence| Arc::clone(&residence.monitor))
+            .ok_or_else(|| Fault::not_found(format!("merge domain {name}: no such domain")))
+    }
+
+    fn monitors(&self) -> Vec<(DomainName, Arc<Monitor>)> {
+        let roster = self.roster();
+        let domains = roster.domains.iter();
+        domains
+            .map(|(name, residence)| (name.clone(), Arc::clone(&residence.monitor)))
+            .collect()
+    }
+
+    fn create(&self, id: &VmId, config: VmConfig) -> Result<Reply, Fault> {
+        let name = match &config.samepage.merge_domain {
+            Some(domain) => DomainName::Named(domain.clone()),
+            None => DomainName::Private(id.clone()),
+        };
+        let monitor = self.roster().admit(id, &name, &self.settings)?;
+        if let Err(error) = monitor.create(id.clone(), config) {
+            let emptied = self.roster().dismiss(id);
+            drop(emptied);
+            return Err(conflict_or(&error));
+        }
+        Ok(Reply::Empty)
+    }
+
+    fn delete(&self, id: &VmId) -> Result<Reply, Fault> {
+        let monitor = self.monitor_of(id)?;
+        monitor.delete(id).map_err(|e| conflict_or(&e))?;
+        let emptied = self.roster().dismiss(id);
+        // A monitor's end joins its threads: after the roster's lock.
+        drop((emptied, monitor));
+        Ok(Reply::Empty)
+    }
+
+    fn list_vms(&self) -> Vec<VmDescription> {
+        let mut vms: Vec<VmDescription> = self
+            .monitors()
+            .iter()
+            .flat_map(|(_, monitor)| monitor.list())
+            .map(|info| VmDescription::from(&info))
+            .collect();
+        vms.sort_by(|a, b| a.id.cmp(&b.id));
+        vms
+    }
+
+    fn describe_vm(&self, id: &VmId) -> Result<Reply, Fault> {
+        let info = self.monitor_of(id)?.info(id).map_err(|e| refusal(&e))?;
+        Reply::json(&VmDescription::from(&info))
+    }
+
+    fn act(&self, id: &VmId, action: ActionType) -> Result<Reply, Fault> {
+        let monitor = self.monitor_of(id)?;
+        match action {
+            ActionType::InstanceStart => monitor.start(id),
+            ActionType::SendCtrlAltDel => monitor.send_ctrl_alt_del(id),
+            ActionType::InstanceStop => monitor.stop(id),
+            ActionType::FlushMetrics => Ok(()),
+        }
+        .map_err(|e| refusal(&e))?;
+        Ok(Reply::Empty)
+    }
+
+    fn set_state(&self, id: &VmId, state: DesiredState) -> Result<Reply, Fault> {
+        let monitor = self.monitor_of(id)?;
+        match state {
+            DesiredState::Paused => monitor.pause(id),
+            DesiredState::Resumed => monitor.resume(id),
+        }
+        .map_err(|e| refusal(&e))?;
+        Ok(Reply::Empty)
+    }
+
+    fn list_domains(&self) -> BTreeMap<String, Domain> {
+        let monitors = self.monitors();
+        monitors
+            .iter()
+            .map(|(name, monitor)| (name.to_string(), describe_domain(monitor)))
+            .collect()
+    }
+
+    fn patch_domain(&self, name: &DomainName, patch: &MergePatch) -> Result<Reply, Fault> {
+        let monitor = self.monitor_for(name)?;
+        let engine = monitor.engine();
+        let mut pace = engine.pace();
+        pace.pages_to_scan = patch.pages_to_scan.unwrap_or(pace.pages_to_scan);
+        pace.sleep_millisecs = patch.sleep_millisecs.unwrap_or(pace.sleep_millisecs);
+        if pace != engine.pace() {
+            engine.set_pace(pace);
+        }
+        if let Some(run) = patch.run {
+            let set = engine.set_run(run);
+            set.map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
+        }
+        Ok(Reply::Empty)
+    }
+}
+
+impl Roster {
+    /// Puts `id` on the roster and gives the monitor that is to create it.
+    fn admit(
+        &mut self,
+        id: &VmId,
+        name: &DomainName,
+        settings: &dedup::Settings,
+    ) -> Result<Arc<Monitor>, Fault> {
+        if self.vms.contains_key(id) {
+            return Err(Fault::conflict(format!("vm {id}: already exists")));
+        }
+        let monitor = self.open(name, settings)?;
+        self.vms.insert(id.clone(), name.clone());
+        Ok(monitor)
+    }
+
+    /// Takes `id` off the roster; gives its domain's monitor if that is now of no use.
+    fn dismiss(&mut self, id: &VmId) -> Option<Arc<Monitor>> {
+        let name = self.vms.remove(id)?;
+        let is_used = self.vms.values().any(|used| *used == name)
+            || self
+                .domains
+                .get(&name)
+                .is_none_or(|residence| residence.is_declared);
+        if is_used {
+            return None;
+        }
+        self.domains
+            .remove(&name)
+            .map(|residence| residence.monitor)
+    }
+
+    /// The domain's monitor, made now if there is none.
+    fn open(
+        &mut self,
+        name: &DomainName,
+        settings: &dedup::Settings,
+    ) -> Result<Arc<Monitor>, Fault> {
+        if self.is_closed {
+            return Err(Fault {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                ..Fault::internal("the server is stopping")
+            });
+        }
+        if let Some(residence) = self.domains.get(name) {
+            return Ok(Arc::clone(&residence.monitor));
+        }
+        let label = match name {
+            DomainName::Named(domain) => domain.clone(),
+            // Same alphabet and length; only a label, the monitor is nobody else's.
+            DomainName::Private(id) => id
+                .to_string()
+                .parse()
+                .map_err(|error| Fault::internal(format!("vm {id}: {error}")))?,
+        };
+        let monitor = Monitor::new(label, settings.clone())
+            .map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
+        let monitor = Arc::new(monitor);
+        let residence = Residence {
+            monitor: Arc::clone(&monitor),
+            is_declared: false,
+        };
+        self.domains.insert(name.clone(), residence);
+        Ok(monitor)
+    }
+}
+
+fn describe_domain(monitor: &Monitor) -> Domain {
+    let engine = monitor.engine();
+    let pace = engine.pace();
+    let vms = monitor
+        .list()
+        .into_iter()
+        // A VM that was deleted since the list was made is left out.
+        .filter_map(|info| {
+            let stats = monitor.merge_stats(&info.id).ok()?;
+            Some((info.id.to_string(), stats))
+        })
+        .collect();
+    Domain {
+        run: engine.run(),
+        pages_to_scan: pace.pages_to_scan,
+        sleep_millisecs: pace.sleep_millisecs,
+        stats: engine.stats(),
+        vms,
+    }
+}
+
+/// For requests that Firecracker has too: a state that does not fit is 400, as there.
+fn refusal(error: &MonitorError) -> Fault {
+    let message = error.to_string();
+    match error.kind() {
+        ErrorKind::NotFound => Fault::not_found(message),
+        ErrorKind::Conflict | ErrorKind::InvalidInput => Fault::bad_request(message),
+        ErrorKind::Internal => {
+            log::error!("{message}");
+            Fault::internal(message)
+        }
+    }
+}
+
+/// For creating and deleting, which Firecracker does not have: a conflict is 409.
+fn conflict_or(error: &MonitorError) -> Fault {
+    match error.kind() {
+        ErrorKind::Conflict => Fault::conflict(error.to_string()),
+        _ => refusal(error),
+    }
+}

@@ -1,0 +1,127 @@
+//! The JSON bodies of the API's replies, for the server and its clients alike.
+//!
+//! The merge engine's counters go over the wire as it defines them: [`Stats`], [`RegionStats`].
+
+use std::collections::BTreeMap;
+
+use dedup::{RegionStats, Run, Stats};
+use serde::{Deserialize, Serialize};
+use vmm::{VmInfo, VmState};
+
+/// Reply of `GET /version`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Samepage's version; Firecracker's name for the field.
+    pub firecracker_version: String,
+}
+
+/// Reply of `GET /vms/{id}`, and an item of `GET /vms`: Firecracker's `InstanceInfo` and more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDescription {
+    /// The VM's id.
+    pub id: String,
+    /// Always `Samepage`.
+    pub app_name: String,
+    /// Samepage's version.
+    pub vmm_version: String,
+    /// `Not started`, `Running`, `Paused` (Firecracker's words) or `Ended`.
+    pub state: String,
+    /// Why it ended, by name: `guest_shutdown`, `guest_panic`, ...; null before.
+    pub end_reason: Option<String>,
+    /// The same for a human, with details; null before.
+    pub end_message: Option<String>,
+    /// The merge domain its config names; null if it shares with nobody.
+    pub merge_domain: Option<String>,
+    /// Whether its memory is merged at all.
+    pub merge: bool,
+    /// Guest memory.
+    pub mem_size_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpu_count: u64,
+    /// When memory runs out, the VM with the lowest is stopped first.
+    pub oom_priority: i32,
+    /// What a pageload guest says of itself; null for any other guest.
+    pub report: Option<Report>,
+}
+
+/// The registers of a pageload guest's report port.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// 1 filling, 2 filled and verifying, 3 finished, 4 failed.
+    pub phase: u64,
+    /// Complete passes over all pages it owns.
+    pub verify_passes: u64,
+    /// Pages that did not hold what was written there.
+    pub verify_errors: u64,
+    /// Pages it has written.
+    pub pages_written: u64,
+    /// Pages it has verified, over all passes.
+    pub verified_pages: u64,
+}
+
+/// Reply of `GET /merge/{domain}`, and a value of `GET /merge`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Domain {
+    /// What the worker does.
+    pub run: Run,
+    /// Pages looked at per batch.
+    pub pages_to_scan: u32,
+    /// Sleep between batches.
+    pub sleep_millisecs: u32,
+    /// The engine's counters over all VMs of the domain.
+    #[serde(flatten)]
+    pub stats: Stats,
+    /// Each VM's part, by id.
+    pub vms: BTreeMap<String, RegionStats>,
+}
+
+/// Samepage's version, as every reply that carries one says it.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+impl Version {
+    /// Of this build.
+    pub fn current() -> Version {
+        Version {
+            firecracker_version: VERSION.to_owned(),
+        }
+    }
+}
+
+/// The state in Firecracker's words.
+fn state_name(state: &VmState) -> &'static str {
+    match state {
+        VmState::NotStarted => "Not started",
+        VmState::Running => "Running",
+        VmState::Paused => "Paused",
+        VmState::Ended(_) => "Ended",
+    }
+}
+
+impl From<&VmInfo> for VmDescription {
+    fn from(info: &VmInfo) -> VmDescription {
+        let reason = match &info.state {
+            VmState::Ended(reason) => Some(reason),
+            _ => None,
+        };
+        VmDescription {
+            id: info.id.to_string(),
+            app_name: "Samepage".to_owned(),
+            vmm_version: VERSION.to_owned(),
+            state: state_name(&info.state).to_owned(),
+            end_reason: reason.map(|reason| reason.name().to_owned()),
+            end_message: reason.map(ToString::to_string),
+            merge_domain: info.merge_domain.as_ref().map(ToString::to_string),
+            merge: info.merge,
+            mem_size_bytes: info.mem_size_bytes,
+            vcpu_count: u64::from(info.vcpu_count),
+            oom_priority: info.oom_priority,
+            report: info.report.as_ref().map(|report| Report {
+                phase: report.phase,
+                verify_passes: report.verify_passes,
+                verify_errors: report.verify_errors,
+                pages_written: report.pages_written,
+                verified_pages: report.verified_pages,
+            }),
+        }
+    }
+}

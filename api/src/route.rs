@@ -1,0 +1,171 @@
+//! From method, path and body to a [`Request`]: pure, and the only place that knows the paths.
+
+use hyper::Method;
+use serde::de::DeserializeOwned;
+use vmm::VmId;
+
+use crate::domain_name::DomainName;
+use crate::fault::Fault;
+use crate::request::{ActionBody, MergePatch, Request, StateBody};
+
+/// Every route, as (methods, path template). The OpenAPI document and the tests are held to it.
+pub const ROUTES: &[(&str, &str)] = &[
+    ("GET", "/version"),
+    ("GET", "/openapi.json"),
+    ("GET", "/vms"),
+    ("GET, PUT, DELETE", "/vms/{id}"),
+    ("PUT", "/vms/{id}/actions"),
+    ("PATCH", "/vms/{id}/vm"),
+    ("GET", "/vms/{id}/vm/config"),
+    ("GET", "/vms/{id}/config"),
+    ("GET", "/vms/{id}/merge"),
+    ("GET", "/vms/{id}/console"),
+    ("GET", "/merge"),
+    ("GET, PATCH", "/merge/{domain}"),
+];
+
+/// Reads a request.
+///
+/// # Errors
+/// 404 for an unknown path, 405 for a known path with another method, 400 for a bad id, a body
+/// where none belongs, and a body that is not the JSON this route takes.
+pub fn route(method: &Method, path: &str, body: &[u8]) -> Result<Request, Fault> {
+    // As in Firecracker, one slash at the end makes no difference.
+    let segments: Vec<&str> = path.split_terminator('/').collect();
+    let (template, name) = template_of(&segments)
+        .ok_or_else(|| Fault::not_found(format!("{method} {path}: no such path")))?;
+    let call = Call { method, path, body };
+    match template {
+        "/version" => call.get(Request::Version),
+        "/openapi.json" => call.get(Request::OpenApi),
+        "/vms" => call.get(Request::ListVms),
+        "/merge" => call.get(Request::ListDomains),
+        "/merge/{domain}" => domain_request(&call, name),
+        _ => vm_request(&call, template, name),
+    }
+    .and_then(|request| request.ok_or_else(|| refuse_method(&call, template)))
+}
+
+/// The route's template, and the text that stands for its `{id}` or `{domain}`.
+fn template_of<'a>(segments: &[&'a str]) -> Option<(&'static str, &'a str)> {
+    ROUTES.iter().find_map(|&(_, template)| {
+        let wanted: Vec<&str> = template.split('/').collect();
+        let mut name = "";
+        let fits = wanted.len() == segments.len()
+            && wanted.iter().zip(segments).all(|(&want, &have)| {
+                if want.starts_with('{') {
+                    name = have;
+                    return true;
+                }
+                want == have
+            });
+        fits.then_some((template, name))
+    })
+}
+
+fn refuse_method(call: &Call<'_>, template: &str) -> Fault {
+    let allow = ROUTES
+        .iter()
+        .find(|&&(_, known)| known == template)
+        .map_or("", |&(methods, _)| methods);
+    let Call { method, path, .. } = call;
+    Fault::method_not_allowed(
+        format!("{method} {path}: method not allowed here, only {allow}"),
+        allow,
+    )
+}
+
+fn domain_request(call: &Call<'_>, name: &str) -> Result<Option<Request>, Fault> {
+    let domain: DomainName = name.parse().map_err(Fault::bad_request)?;
+    match *call.method {
+        Method::GET => call.get(Request::DescribeDomain(domain)),
+        Method::PATCH => {
+            let patch: MergePatch = call.json()?;
+            if patch.pages_to_scan == Some(0) {
+                return Err(Fault::bad_request(
+                    "pages_to_scan 0: must be at least 1 (use run \"stop\" to rest)",
+                ));
+            }
+            Ok(Some(Request::PatchDomain(domain, patch)))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Request>, Fault> {
+    let id: VmId = name
+        .parse()
+        .map_err(|error| Fault::bad_request(format!("vm id {name:?}: {error}")))?;
+    match (template, call.method) {
+        ("/vms/{id}", &Method::PUT) => {
+            let config = Box::new(call.json()?);
+            Ok(Some(Request::CreateVm(id, config)))
+        }
+        ("/vms/{id}", &Method::DELETE) => {
+            call.refuse_body()?;
+            Ok(Some(Request::DeleteVm(id)))
+        }
+        ("/vms/{id}/actions", &Method::PUT) => {
+            let ActionBody { action_type } = call.json()?;
+            Ok(Some(Request::ActOnVm(id, action_type)))
+        }
+        ("/vms/{id}/vm", &Method::PATCH) => {
+            let StateBody { state } = call.json()?;
+            Ok(Some(Request::SetVmState(id, state)))
+        }
+        ("/vms/{id}", _) => call.get(Request::DescribeVm(id)),
+        ("/vms/{id}/config" | "/vms/{id}/vm/config", _) => call.get(Request::DescribeVmConfig(id)),
+        ("/vms/{id}/merge", _) => call.get(Request::DescribeVmMerge(id)),
+        ("/vms/{id}/console", _) => call.get(Request::VmConsole(id)),
+        _ => Ok(None),
+    }
+}
+
+struct Call<'a> {
+    method: &'a Method,
+    path: &'a str,
+    body: &'a [u8],
+}
+
+impl Call<'_> {
+    /// `request` if the method is GET, `None` if it is another.
+    fn get(&self, request: Request) -> Result<Option<Request>, Fault> {
+        if *self.method != Method::GET {
+            return Ok(None);
+        }
+        self.refuse_body()?;
+        Ok(Some(request))
+    }
+
+    fn refuse_body(&self) -> Result<(), Fault> {
+        if self.body.is_empty() {
+            return Ok(());
+        }
+        let Call { method, path, .. } = self;
+        Err(Fault::bad_request(format!(
+            "{method} {path}: takes no body"
+        )))
+    }
+
+    /// The body as JSON, whatever its content type: Firecracker does not look at it either.
+    fn json<T: DeserializeOwned>(&self) -> Result<T, Fault> {
+        let Call { method, path, body } = self;
+        if body.is_empty() {
+            return Err(Fault::bad_request(format!(
+                "{method} {path}: needs a JSON body"
+            )));
+        }
+        serde_json::from_slice(body).map_err(|error| {
+            let what = if error.is_data() {
+                "body"
+            } else {
+                "malformed JSON"
+            };
+            Fault::bad_request(format!("{method} {path}: {what}: {error}"))
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "route_tests.rs"]
+mod tests;

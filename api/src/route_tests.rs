@@ -1,0 +1,227 @@
+use hyper::StatusCode;
+
+use super::*;
+use crate::request::{ActionType, DesiredState};
+
+const CONFIG: &str = r#"{"boot-source": {"kernel_image_path": "builtin:pageload"}}"#;
+const METHODS: [Method; 7] = [
+    Method::GET,
+    Method::PUT,
+    Method::PATCH,
+    Method::POST,
+    Method::DELETE,
+    Method::HEAD,
+    Method::OPTIONS,
+];
+
+fn routed(method: &Method, path: &str, body: &str) -> Result<Request, Fault> {
+    route(method, path, body.as_bytes())
+}
+
+fn fault(method: &Method, path: &str, body: &str) -> Fault {
+    routed(method, path, body).expect_err("should be refused")
+}
+
+/// A body that fits the route.
+fn body_for(method: &Method, template: &str) -> &'static str {
+    match (method, template) {
+        (&Method::PUT, "/vms/{id}") => CONFIG,
+        (&Method::PUT, "/vms/{id}/actions") => r#"{"action_type": "InstanceStart"}"#,
+        (&Method::PATCH, "/vms/{id}/vm") => r#"{"state": "Paused"}"#,
+        (&Method::PATCH, "/merge/{domain}") => r#"{"run": "merge"}"#,
+        _ => "",
+    }
+}
+
+#[test]
+fn every_route_takes_its_methods_and_no_other() {
+    for (methods, template) in ROUTES {
+        let path = template.replace("{id}", "a-1").replace("{domain}", "ci");
+        for method in METHODS {
+            let answer = routed(&method, &path, body_for(&method, template));
+            if methods.split(", ").any(|known| known == method.as_str()) {
+                answer.unwrap_or_else(|fault| panic!("{method} {path}: {fault:?}"));
+            } else {
+                let fault = answer.expect_err("method should be refused");
+                assert_eq!(
+                    fault.status,
+                    StatusCode::METHOD_NOT_ALLOWED,
+                    "{method} {path}"
+                );
+                assert_eq!(fault.allow, Some(*methods));
+            }
+        }
+    }
+}
+
+#[test]
+fn unknown_paths_are_404() {
+    for path in [
+        "/",
+        "",
+        "//",
+        "/vm",
+        "/vms/a/b",
+        "/vms/a/vm/x",
+        "/merge/a/b",
+        "/metrics",
+        "x",
+    ] {
+        let fault = fault(&Method::GET, path, "");
+        assert_eq!(fault.status, StatusCode::NOT_FOUND, "{path}");
+        assert!(fault.message.contains(path), "{}", fault.message);
+    }
+}
+
+#[test]
+fn slash_at_the_end_makes_no_difference() {
+    assert!(matches!(
+        routed(&Method::GET, "/vms/", ""),
+        Ok(Request::ListVms)
+    ));
+    assert!(matches!(
+        routed(&Method::GET, "/vms/a/", ""),
+        Ok(Request::DescribeVm(_))
+    ));
+}
+
+#[test]
+fn bad_names_are_refused_and_named() {
+    let too_long = "x".repeat(65);
+    for id in ["a.b", "%41", "a b", "ü", "..", &too_long] {
+        let fault = fault(&Method::GET, &format!("/vms/{id}"), "");
+        assert_eq!(fault.status, StatusCode::BAD_REQUEST, "{id}");
+        assert!(fault.message.starts_with("vm id "), "{}", fault.message);
+        let fault = self::fault(&Method::GET, &format!("/merge/{id}"), "");
+        assert_eq!(fault.status, StatusCode::BAD_REQUEST, "{id}");
+    }
+    assert_eq!(
+        fault(&Method::GET, "/vms//merge", "").status,
+        StatusCode::BAD_REQUEST
+    );
+}
+
+#[test]
+fn values_of_the_bodies_arrive() {
+    let request = routed(&Method::PUT, "/vms/a", CONFIG).unwrap();
+    let Request::CreateVm(id, config) = request else {
+        panic!("{request:?}")
+    };
+    assert_eq!(id.to_string(), "a");
+    assert_eq!(config.machine_config.mem_size_mib, 128);
+
+    for (name, action) in [
+        ("InstanceStart", ActionType::InstanceStart),
+        ("SendCtrlAltDel", ActionType::SendCtrlAltDel),
+        ("InstanceStop", ActionType::InstanceStop),
+        ("FlushMetrics", ActionType::FlushMetrics),
+    ] {
+        let body = format!(r#"{{"action_type": "{name}"}}"#);
+        let request = routed(&Method::PUT, "/vms/a/actions", &body).unwrap();
+        assert!(
+            matches!(request, Request::ActOnVm(_, a) if a == action),
+            "{request:?}"
+        );
+    }
+    let request = routed(&Method::PATCH, "/vms/a/vm", r#"{"state": "Resumed"}"#).unwrap();
+    assert!(matches!(
+        request,
+        Request::SetVmState(_, DesiredState::Resumed)
+    ));
+
+    let body = r#"{"run": "unmerge", "pages_to_scan": 7, "sleep_millisecs": 0}"#;
+    let request = routed(&Method::PATCH, "/merge/vm:a", body).unwrap();
+    let Request::PatchDomain(domain, patch) = request else {
+        panic!("{request:?}")
+    };
+    assert_eq!(domain.to_string(), "vm:a");
+    let expected = MergePatch {
+        run: Some(dedup::Run::Unmerge),
+        pages_to_scan: Some(7),
+        sleep_millisecs: Some(0),
+    };
+    assert_eq!(patch, expected);
+}
+
+#[test]
+fn malformed_json_is_400() {
+    for body in ["{", "nonsense", "{}x", "\u{0}", "{\"action_type\":"] {
+        let fault = fault(&Method::PUT, "/vms/a/actions", body);
+        assert_eq!(fault.status, StatusCode::BAD_REQUEST, "{body}");
+    }
+    let fault = fault(&Method::PUT, "/vms/a", "");
+    assert_eq!(fault.message, "PUT /vms/a: needs a JSON body");
+}
+
+#[test]
+fn unknown_fields_and_values_are_400_and_named() {
+    let cases = [
+        (
+            Method::PUT,
+            "/vms/a",
+            r#"{"boot-source": {"kernel_image_path": "k"}, "colour": 1}"#,
+        ),
+        (
+            Method::PUT,
+            "/vms/a",
+            r#"{"boot-source": {"kernel_image_path": "k", "colour": 1}}"#,
+        ),
+        (
+            Method::PUT,
+            "/vms/a/actions",
+            r#"{"action_type": "InstanceStart", "colour": 1}"#,
+        ),
+        (
+            Method::PUT,
+            "/vms/a/actions",
+            r#"{"action_type": "colour"}"#,
+        ),
+        (Method::PATCH, "/vms/a/vm", r#"{"state": "colour"}"#),
+        (Method::PATCH, "/merge/ci", r#"{"run": "colour"}"#),
+        (Method::PATCH, "/merge/ci", r#"{"colour": 1}"#),
+    ];
+    for (method, path, body) in cases {
+        let fault = fault(&method, path, body);
+        assert_eq!(fault.status, StatusCode::BAD_REQUEST, "{body}");
+        assert!(fault.message.contains("colour"), "{}", fault.message);
+    }
+}
+
+#[test]
+fn body_where_none_belongs_is_400() {
+    assert_eq!(
+        fault(&Method::GET, "/vms", "{}").message,
+        "GET /vms: takes no body"
+    );
+    let fault = fault(&Method::DELETE, "/vms/a", "{}");
+    assert_eq!(fault.status, StatusCode::BAD_REQUEST);
+}
+
+#[test]
+fn openapi_document_has_every_route_and_no_other() {
+    let document: serde_json::Value = serde_json::from_str(crate::OPENAPI_JSON).unwrap();
+    let paths = document["paths"].as_object().unwrap();
+    let mut documented: Vec<(String, String)> = Vec::new();
+    for (template, operations) in paths {
+        let mut methods: Vec<String> = operations
+            .as_object()
+            .unwrap()
+            .keys()
+            .filter(|key| *key != "parameters")
+            .map(|key| key.to_uppercase())
+            .collect();
+        methods.sort();
+        documented.push((template.clone(), methods.join(", ")));
+    }
+    let mut expected: Vec<(String, String)> = ROUTES
+        .iter()
+        .map(|(methods, template)| {
+            let mut methods: Vec<&str> = methods.split(", ").collect();
+            methods.sort_unstable();
+            ((*template).to_owned(), methods.join(", "))
+        })
+        .collect();
+    documented.sort();
+    expected.sort();
+    assert_eq!(documented, expected);
+}

@@ -1,0 +1,174 @@
+//! The HTTP server: connections in, [`Request`]s to the front door, replies out.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::Response;
+use hyper::body::{Body, Bytes, Incoming};
+use hyper::header::UPGRADE;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::console_stream;
+use crate::fault::Fault;
+use crate::front_door::FrontDoor;
+use crate::http10::PersistentHttp10;
+use crate::reply::{self, CONSOLE_PROTOCOL};
+use crate::request::Request;
+use crate::route::route;
+
+/// Largest request body; Firecracker's default limit (`HTTP_MAX_PAYLOAD_SIZE`).
+pub const BODY_MAX_BYTES: usize = 51200;
+
+/// How much of a body beyond the limit is still taken off the wire and thrown away, so that a
+/// client which writes all before it reads gets to see the reply.
+const DISCARD_MAX_BYTES: u64 = 16 << 20;
+const DISCARD_MAX_TIME: Duration = Duration::from_secs(2);
+
+/// How long open connections may take to finish when the server stops.
+const FAREWELL_TIME: Duration = Duration::from_secs(2);
+
+/// Serves until `stop` is done; then ends all VMs and lets open requests finish.
+///
+/// # Errors
+/// If the listener fails for good. Errors of single connections are logged.
+pub async fn serve(
+    listener: UnixListener,
+    door: Arc<FrontDoor>,
+    stop: impl Future<Output = ()>,
+) -> std::io::Result<()> {
+    let (stopping, stopped) = watch::channel(false);
+    let mut connections = JoinSet::new();
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    connections.spawn(converse(stream, Arc::clone(&door), stopped.clone()));
+                }
+                // Out of file descriptors: the next connection may find one again.
+                Err(error) => {
+                    log::warn!("api socket: cannot accept: {error}");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            Some(_) = connections.join_next() => {}
+        }
+    }
+    drop(listener);
+    let closing = tokio::task::spawn_blocking(move || door.close());
+    if let Err(error) = closing.await {
+        log::error!("closing the merge domains: {error}");
+    }
+    stopping.send_replace(true);
+    let farewell = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(FAREWELL_TIME, farewell).await.is_err() {
+        log::warn!("connections cut that did not finish in {FAREWELL_TIME:?}");
+    }
+    Ok(())
+}
+
+async fn converse(stream: UnixStream, door: Arc<FrontDoor>, mut stopped: watch::Receiver<bool>) {
+    let service = service_fn(move |request| {
+        let door = Arc::clone(&door);
+        async move { Ok::<_, Infallible>(answer(&door, request).await) }
+    });
+    let connection = http1::Builder::new()
+        .auto_date_header(false)
+        .title_case_headers(true)
+        .half_close(true)
+        .serve_connection(TokioIo::new(PersistentHttp10::new(stream)), service)
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    // The guard of the watched value is dropped before anything is awaited.
+    let stop = async { drop(stopped.wait_for(|&is_stopping| is_stopping).await) };
+    let done = tokio::select! {
+        done = &mut connection => done,
+        () = stop => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = done {
+        log::debug!("api connection: {error}");
+    }
+}
+
+async fn answer(door: &Arc<FrontDoor>, request: hyper::Request<Incoming>) -> Response<Full<Bytes>> {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let answered = answer_or_fault(door, request).await;
+    let response = answered.unwrap_or_else(|fault| {
+        if fault.status.is_server_error() {
+            log::error!("{method} {path}: {}", fault.message);
+        }
+        fault.into_response()
+    });
+    log::debug!("{method} {path}: {}", response.status());
+    response
+}
+
+async fn answer_or_fault(
+    door: &Arc<FrontDoor>,
+    request: hyper::Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Fault> {
+    let (mut parts, body) = request.into_parts();
+    let body = read_body(body).await?;
+    let request = route(&parts.method, parts.uri.path(), &body)?;
+    let wants_stream = parts.headers.get(UPGRADE).is_some_and(|protocol| {
+        protocol
+            .as_bytes()
+            .eq_ignore_ascii_case(CONSOLE_PROTOCOL.as_bytes())
+    });
+    if let (Request::VmConsole(id), true) = (&request, wants_stream) {
+        let console = door.console(id)?;
+        let upgrade = parts
+            .extensions
+            .remove::<hyper::upgrade::OnUpgrade>()
+            .ok_or_else(|| Fault::bad_request("console stream: needs `Connection: Upgrade`"))?;
+        tokio::spawn(console_stream::pump(upgrade, console));
+        return Ok(reply::switch_to_console());
+    }
+    let door = Arc::clone(door);
+    let handled = tokio::task::spawn_blocking(move || door.handle(request)).await;
+    let reply = handled.map_err(|error| Fault::internal(format!("request failed: {error}")))??;
+    Ok(reply.into_response())
+}
+
+/// Reads a body of at most [`BODY_MAX_BYTES`]; one that announces more is not read first.
+async fn read_body(mut body: Incoming) -> Result<Bytes, Fault> {
+    if body.size_hint().lower() > BODY_MAX_BYTES as u64 {
+        tokio::spawn(discard(body));
+        return Err(Fault::body_too_large(BODY_MAX_BYTES));
+    }
+    match Limited::new(&mut body, BODY_MAX_BYTES).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => {
+            tokio::spawn(discard(body));
+            Err(Fault::body_too_large(BODY_MAX_BYTES))
+        }
+        Err(error) => Err(Fault::bad_request(format!("request body: {error}"))),
+    }
+}
+
+/// Throws away what a client still sends of a body that was refused, within bounds.
+async fn discard(mut body: Incoming) {
+    let all = async {
+        let mut discarded_bytes = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            discarded_bytes += frame.data_ref().map_or(0, Bytes::len) as u64;
+            if discarded_bytes > DISCARD_MAX_BYTES {
+                break;
+            }
+        }
+    };
+    // Either way the connection is closed afterwards.
+    let _ = tokio::time::timeout(DISCARD_MAX_TIME, all).await;
+}

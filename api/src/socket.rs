@@ -1,0 +1,174 @@
+//! The unix socket the API is served on: never open to others, not even for a moment.
+//!
+//! A socket that is bound and then `chmod`ed is open to everybody in between, and changing the
+//! umask around `bind` changes it for every thread of the process. So the socket is bound inside
+//! a fresh private directory beside its final place, given its mode there, and renamed into
+//! place: the rename also replaces a stale socket in one step.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+
+/// Why the API's socket could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// A server answers on this path.
+    #[error("api socket {}: another server is running there", .0.display())]
+    InUse(PathBuf),
+    /// Something that is not a socket is there; it is not ours to remove.
+    #[error("api socket {}: exists and is not a socket", .0.display())]
+    NotASocket(PathBuf),
+    /// The path has no file name, such as `/` or `..`.
+    #[error("api socket {}: not a path of a file", .0.display())]
+    NoFileName(PathBuf),
+    /// A system call failed.
+    #[error("api socket {}: cannot {what}: {source}", path.display())]
+    Os {
+        /// The socket's path.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// A listening unix socket of mode 0600, whose file goes away with it.
+#[derive(Debug)]
+pub struct ApiSocket {
+    path: PathBuf,
+    /// Device and inode of our socket file, to never remove somebody else's.
+    identity: (u64, u64),
+}
+
+impl ApiSocket {
+    /// Binds and listens on `path`, replacing a socket that nobody listens on any more.
+    ///
+    /// # Errors
+    /// [`SocketError::InUse`] if a server answers there, [`SocketError::NotASocket`] if the path
+    /// is taken by a file of another kind, and whatever the system refuses.
+    pub fn bind(path: &Path) -> Result<(ApiSocket, UnixListener), SocketError> {
+        let os = |what| {
+            move |source: io::Error| SocketError::Os {
+                path: path.to_owned(),
+                what,
+                source,
+            }
+        };
+        if path.file_name().is_none() {
+            return Err(SocketError::NoFileName(path.to_owned()));
+        }
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        // Two servers that start at once must not both find the socket stale: whoever holds the
+        // directory's lock looks and binds, the other then finds a live server.
+        let directory = std::fs::File::open(parent).map_err(os("open its directory"))?;
+        rustix::fs::flock(&directory, FlockOperation::LockExclusive)
+            .map_err(|errno| os("lock its directory")(errno.into()))?;
+        refuse_live(path)?;
+
+        let private = tempfile::Builder::new()
+            .prefix(".s")
+            .permissions(std::fs::Permissions::from_mode(0o700))
+            .tempdir_in(parent)
+            .map_err(os("make a directory beside it"))?;
+        let nascent = private.path().join("s");
+        let listener = UnixListener::bind(&nascent).map_err(os("bind"))?;
+        std::fs::set_permissions(&nascent, std::fs::Permissions::from_mode(0o600))
+            .map_err(os("set its mode"))?;
+        let metadata = std::fs::metadata(&nascent).map_err(os("look at it"))?;
+        std::fs::rename(&nascent, path).map_err(os("move it into place"))?;
+        let socket = ApiSocket {
+            path: path.to_owned(),
+            identity: (metadata.dev(), metadata.ino()),
+        };
+        Ok((socket, listener))
+    }
+
+    /// Where clients connect to.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for ApiSocket {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+            log::warn!("api socket {}: cannot remove: {error}", self.path.display());
+        }
+    }
+}
+
+/// Succeeds if nothing is at `path` or a socket that nobody listens on.
+fn refuse_live(path: &Path) -> Result<(), SocketError> {
+    let os = |what, source| SocketError::Os {
+        path: path.to_owned(),
+        what,
+        source,
+    };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(os("look at it", error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(SocketError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(SocketError::InUse(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => Err(os("ask whether a server is there", error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_is_private_and_goes_away_on_drop() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let (socket, listener) = ApiSocket::bind(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+        drop(socket);
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+        assert!(left.is_empty(), "left behind: {left:?}");
+    }
+
+    #[test]
+    fn live_server_is_refused_and_stale_socket_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let (first, listener) = ApiSocket::bind(&path).unwrap();
+        let refused = ApiSocket::bind(&path).unwrap_err();
+        assert!(matches!(refused, SocketError::InUse(_)), "{refused}");
+
+        // As after a crash: nobody listens, the file is still there.
+        drop(listener);
+        let (second, _listener) = ApiSocket::bind(&path).unwrap();
+        // The first one's drop must leave the second one's socket alone.
+        drop(first);
+        UnixStream::connect(second.path()).unwrap();
+    }
+
+    #[test]
+    fn file_of_another_kind_is_never_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious.txt");
+        std::fs::write(&path, "data").unwrap();
+        let refused = ApiSocket::bind(&path).unwrap_err();
+        assert!(matches!(refused, SocketError::NotASocket(_)), "{refused}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"data");
+    }
+}

@@ -1,0 +1,268 @@
+//! From `run`'s and `launch`'s arguments to a VM's config.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use vmm::VmConfig;
+use vmm::config::BUILTIN_PAGELOAD;
+
+use crate::cli::VmArgs;
+
+/// What a Linux guest gets when nobody says anything: a console on the serial port, and a kernel
+/// that ends its VM after a reboot or panic instead of hanging. (Firecracker's default has no
+/// console at all.)
+const LINUX_BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1";
+
+/// Why the arguments make no VM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmArgsError {
+    /// Neither a config file nor a kernel.
+    #[error("no kernel: give --kernel FILE or --config FILE")]
+    NoKernel,
+    /// The config file cannot be read.
+    #[error("config {}: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The config file's content is wrong.
+    #[error("config {}: {message}", path.display())]
+    BadConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and where.
+        message: String,
+    },
+    /// The flags' values are wrong.
+    #[error("{0}")]
+    BadFlags(String),
+}
+
+/// The config that `args` ask for, with all paths made absolute: the server has another working
+/// directory.
+///
+/// # Errors
+/// See [`VmArgsError`]. Values are checked by whoever creates the VM.
+pub fn to_config(args: &VmArgs) -> Result<VmConfig, VmArgsError> {
+    let mut config = match &args.config {
+        Some(path) => read(path)?,
+        None => Map::new(),
+    };
+    apply(args, &mut config)?;
+    let wrong = |error: serde_json::Error| match &args.config {
+        Some(path) => VmArgsError::BadConfig {
+            path: path.clone(),
+            message: error.to_string(),
+        },
+        None => VmArgsError::BadFlags(error.to_string()),
+    };
+    let mut config: VmConfig = serde_json::from_value(Value::Object(config)).map_err(wrong)?;
+    let boot = &mut config.boot_source;
+    if boot.kernel_image_path != Path::new(BUILTIN_PAGELOAD) {
+        if boot.boot_args.is_none() {
+            boot.boot_args = Some(LINUX_BOOT_ARGS.to_owned());
+        }
+        make_absolute(&mut boot.kernel_image_path)?;
+    }
+    if let Some(initrd) = &mut boot.initrd_path {
+        make_absolute(initrd)?;
+    }
+    for drive in &mut config.drives {
+        make_absolute(&mut drive.path_on_host)?;
+    }
+    Ok(config)
+}
+
+fn read(path: &Path) -> Result<Map<String, Value>, VmArgsError> {
+    let text = std::fs::read(path).map_err(|source| VmArgsError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    serde_json::from_slice(&text).map_err(|error| VmArgsError::BadConfig {
+        path: path.to_owned(),
+        message: error.to_string(),
+    })
+}
+
+/// Lays the flags over the config file's values.
+fn apply(args: &VmArgs, config: &mut Map<String, Value>) -> Result<(), VmArgsError> {
+    if args.kernel.is_none() && !config.contains_key("boot-source") {
+        return Err(VmArgsError::NoKernel);
+    }
+    let mut set = |section: &str, field: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            let section = config.entry(section).or_insert_with(|| json!({}));
+            // A section of another kind is left for the typed reading to complain about.
+            if let Value::Object(section) = section {
+                section.insert(field.to_owned(), value);
+            }
+        }
+    };
+    let kernel = args.kernel.as_ref().map(|path| json!(path));
+    let initrd = args.initrd.as_ref().map(|path| json!(path));
+    set("boot-source", "kernel_image_path", kernel);
+    set("boot-source", "initrd_path", initrd);
+    set(
+        "boot-source",
+        "boot_args",
+        args.boot_args.as_ref().map(|text| json!(text)),
+    );
+    set(
+        "machine-config",
+        "mem_size_mib",
+        args.mem_mib.map(|mib| json!(mib)),
+    );
+    set(
+        "machine-config",
+        "vcpu_count",
+        args.vcpus.map(|count| json!(count)),
+    );
+    set(
+        "samepage",
+        "merge_domain",
+        args.merge_domain.as_ref().map(|name| json!(name)),
+    );
+    set("samepage", "merge", args.no_merge.then_some(json!(false)));
+    set(
+        "samepage",
+        "oom_priority",
+        args.oom_priority.map(|priority| json!(priority)),
+    );
+    if let Some(Value::Object(machine)) = config.get_mut("machine-config") {
+        // A file of Firecracker's has both or neither; a flag may bring only one.
+        machine.entry("vcpu_count").or_insert_with(|| json!(1));
+        machine.entry("mem_size_mib").or_insert_with(|| json!(128));
+    }
+    add_drives(args, config);
+    Ok(())
+}
+
+fn add_drives(args: &VmArgs, config: &mut Map<String, Value>) {
+    if args.drives.is_empty() {
+        return;
+    }
+    let has_initrd = config
+        .get("boot-source")
+        .and_then(|boot| boot.get("initrd_path"))
+        .is_some_and(|path| !path.is_null());
+    let drives = config.entry("drives").or_insert_with(|| json!([]));
+    if let Value::Array(drives) = drives {
+        for drive in &args.drives {
+            let number = drives.len();
+            drives.push(json!({
+                "drive_id": format!("drive{number}"),
+                "path_on_host": drive.path,
+                "is_root_device": number == 0 && !has_initrd,
+                "is_read_only": drive.is_read_only,
+            }));
+        }
+    }
+}
+
+fn make_absolute(path: &mut PathBuf) -> Result<(), VmArgsError> {
+    // An empty path is left for the monitor to name with its field.
+    if !path.as_os_str().is_empty() {
+        *path = std::path::absolute(&path)
+            .map_err(|error| VmArgsError::BadFlags(format!("{}: {error}", path.display())))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kernel(path: &str) -> VmArgs {
+        VmArgs {
+            kernel: Some(path.into()),
+            ..VmArgs::default()
+        }
+    }
+
+    fn config_file(text: &str) -> (tempfile::NamedTempFile, VmArgs) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let args = VmArgs {
+            config: Some(file.path().to_owned()),
+            ..VmArgs::default()
+        };
+        (file, args)
+    }
+
+    #[test]
+    fn flags_alone_make_a_vm() {
+        let args = VmArgs {
+            mem_mib: Some(64),
+            merge_domain: Some("ci".parse().unwrap()),
+            drives: vec!["a.img".parse().unwrap(), "/b.img:ro".parse().unwrap()],
+            ..kernel("vmlinux")
+        };
+        let config = to_config(&args).unwrap();
+        assert!(config.boot_source.kernel_image_path.is_absolute());
+        assert_eq!(
+            config.boot_source.boot_args.as_deref(),
+            Some(LINUX_BOOT_ARGS)
+        );
+        assert_eq!(config.machine_config.mem_size_mib, 64);
+        assert_eq!(config.machine_config.vcpu_count, 1);
+        assert_eq!(config.samepage.merge_domain.unwrap().to_string(), "ci");
+        assert!(config.samepage.merge);
+        let roots: Vec<_> = config
+            .drives
+            .iter()
+            .map(|d| (d.is_root_device, d.is_read_only))
+            .collect();
+        assert_eq!(roots, [(true, false), (false, true)]);
+    }
+
+    #[test]
+    fn builtin_guest_is_no_path_and_gets_no_boot_args() {
+        let config = to_config(&kernel(BUILTIN_PAGELOAD)).unwrap();
+        assert_eq!(
+            config.boot_source.kernel_image_path,
+            Path::new(BUILTIN_PAGELOAD)
+        );
+        assert_eq!(config.boot_source.boot_args, None);
+    }
+
+    #[test]
+    fn flags_win_over_the_config_file() {
+        let (_file, mut args) = config_file(
+            r#"{"boot-source": {"kernel_image_path": "/k", "boot_args": "quiet"},
+                "machine-config": {"vcpu_count": 2, "mem_size_mib": 256}}"#,
+        );
+        args.mem_mib = Some(512);
+        args.no_merge = true;
+        let config = to_config(&args).unwrap();
+        assert_eq!(config.boot_source.boot_args.as_deref(), Some("quiet"));
+        assert_eq!(config.machine_config.mem_size_mib, 512);
+        assert_eq!(config.machine_config.vcpu_count, 2);
+        assert!(!config.samepage.merge);
+    }
+
+    #[test]
+    fn errors_name_the_file_and_the_field() {
+        let error = to_config(&VmArgs::default()).unwrap_err().to_string();
+        assert!(error.contains("--kernel"), "{error}");
+        for (text, named) in [
+            ("{", "EOF"),
+            ("[]", "sequence"),
+            (
+                r#"{"boot-source": {"kernel_image_path": "/k"}, "colour": 1}"#,
+                "colour",
+            ),
+            (r#"{"boot-source": 7}"#, "BootSource"),
+        ] {
+            let (file, args) = config_file(text);
+            let error = to_config(&args).unwrap_err().to_string();
+            let path = file.path().display().to_string();
+            assert!(error.contains(&path) && error.contains(named), "{error}");
+        }
+        let mut args = kernel("k");
+        args.config = Some("/nowhere/vm.json".into());
+        let error = to_config(&args).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/vm.json"), "{error}");
+    }
+}

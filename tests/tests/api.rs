@@ -1,0 +1,389 @@
+//! The REST API, against a real server process.
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use samepage_tests::kvm;
+use samepage_tests::server::Server;
+use samepage_tests::wait::wait_until;
+use serde_json::json;
+
+const START: &str = r#"{"action_type": "InstanceStart"}"#;
+const STOP: &str = r#"{"action_type": "InstanceStop"}"#;
+/// How long a state may take to show.
+const STATE_TIME: Duration = Duration::from_secs(30);
+
+/// A config of the embedded guest, with or without a merge domain.
+fn pageload(merge_domain: Option<&str>) -> String {
+    let config = json!({
+        "boot-source": {"kernel_image_path": "builtin:pageload"},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 32},
+        "samepage": {"merge_domain": merge_domain},
+    });
+    config.to_string()
+}
+
+/// A request that must be refused: method, path, body, status, and what the fault must name.
+type Refusal<'a> = (&'a str, &'a str, &'a str, u16, &'a str);
+
+fn assert_refused(server: &Server, (method, path, body, status, named): Refusal<'_>) {
+    let reply = server.call(method, path, body);
+    let fault = reply.fault();
+    assert_eq!(reply.status, status, "{method} {path} {body}: {fault}");
+    assert!(fault.contains(named), "{method} {path} {body}: {fault}");
+}
+
+#[test]
+fn wrong_requests_are_refused_with_a_fitting_status() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&["--domain", "ci"]);
+    let config = pageload(None);
+    let unknown = r#"{"boot-source": {"kernel_image_path": "k"}, "colour": 1}"#;
+    let no_kernel = r#"{"boot-source": {"kernel_image_path": "/nowhere/vmlinux"}}"#;
+    let no_vcpu = r#"{"boot-source": {"kernel_image_path": "builtin:pageload"},
+        "machine-config": {"vcpu_count": 0, "mem_size_mib": 32}}"#;
+    let refusals = [
+        (
+            "PUT",
+            "/vms/new",
+            "{\"boot-source\": ",
+            400,
+            "malformed JSON",
+        ),
+        ("PUT", "/vms/new", "", 400, "JSON"),
+        ("PUT", "/vms/new", "{}", 400, "boot-source"),
+        ("PUT", "/vms/new", unknown, 400, "colour"),
+        ("PUT", "/vms/new", no_vcpu, 400, "vcpu_count"),
+        ("PUT", "/vms/new", no_kernel, 400, "/nowhere/vmlinux"),
+        ("PUT", "/vms/n.w", &config, 400, "n.w"),
+        ("GET", "/nothing", "", 404, "/nothing"),
+        ("POST", "/vms", "{}", 405, "GET"),
+        ("DELETE", "/merge", "", 405, "GET"),
+        ("GET", "/vms", "{}", 400, "body"),
+        (
+            "PUT",
+            "/vms/new/actions",
+            r#"{"action_type": "Dance"}"#,
+            400,
+            "Dance",
+        ),
+        ("PATCH", "/merge/ci", r#"{"run": "walk"}"#, 400, "walk"),
+        ("PATCH", "/merge/ci", r#"{"speed": 1}"#, 400, "speed"),
+        (
+            "PATCH",
+            "/merge/ci",
+            r#"{"pages_to_scan": 0}"#,
+            400,
+            "pages_to_scan",
+        ),
+    ];
+    for refusal in refusals {
+        assert_refused(&server, refusal);
+    }
+    assert_eq!(server.call("GET", "/vms", "").json(), json!([]));
+}
+
+#[test]
+fn requests_for_what_is_not_there_are_404() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let refusals = [
+        ("GET", "/vms/new", "", 404, "new"),
+        ("GET", "/vms/new/merge", "", 404, "new"),
+        ("GET", "/vms/new/config", "", 404, "new"),
+        ("GET", "/vms/new/console", "", 404, "new"),
+        ("DELETE", "/vms/new", "", 404, "new"),
+        ("PUT", "/vms/new/actions", START, 404, "new"),
+        ("PATCH", "/vms/new/vm", r#"{"state": "Paused"}"#, 404, "new"),
+        ("GET", "/merge/new", "", 404, "new"),
+        ("GET", "/merge/vm:new", "", 404, "vm:new"),
+        ("PATCH", "/merge/new", r#"{"run": "stop"}"#, 404, "new"),
+    ];
+    for refusal in refusals {
+        assert_refused(&server, refusal);
+    }
+}
+
+#[test]
+fn requests_that_the_state_does_not_allow_are_refused_and_change_nothing() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let config = pageload(None);
+    server.done("PUT", "/vms/idle", &config);
+    server.done("PUT", "/vms/busy", &config);
+    server.done("PUT", "/vms/busy/actions", START);
+    let refusals = [
+        ("PUT", "/vms/idle", config.as_str(), 409, "idle"),
+        ("PUT", "/vms/busy", &config, 409, "busy"),
+        ("DELETE", "/vms/busy", "", 409, "busy"),
+        // As Firecracker answers these.
+        ("PUT", "/vms/busy/actions", START, 400, "busy"),
+        ("PUT", "/vms/idle/actions", STOP, 400, "idle"),
+        (
+            "PATCH",
+            "/vms/idle/vm",
+            r#"{"state": "Paused"}"#,
+            400,
+            "idle",
+        ),
+    ];
+    for refusal in refusals {
+        assert_refused(&server, refusal);
+    }
+    let vms = server.call("GET", "/vms", "").json();
+    let states: Vec<_> = vms
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|vm| &vm["state"])
+        .collect();
+    assert_eq!(states, ["Running", "Not started"]);
+}
+
+#[test]
+fn body_over_the_limit_is_refused_unread() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let body = " ".repeat(1 << 20);
+    // A client that sends all first, and one that waits for the reply after its head.
+    let reply = server.call("PUT", "/vms/a", &body);
+    assert_eq!(reply.status, 413);
+    assert!(reply.fault().contains("51200"));
+    let mut connection = server.connect();
+    let head = "PUT /vms/a HTTP/1.1\r\nContent-Length: 1048576\r\n\r\n";
+    connection.send(head.as_bytes()).unwrap();
+    let reply = connection.reply();
+    assert_eq!(reply.status, 413);
+    reply.fault();
+    // Without an announced length, in chunks of 64 KiB.
+    let mut connection = server.connect();
+    let chunk = format!("10000\r\n{}\r\n", " ".repeat(1 << 16));
+    let head = "PUT /vms/a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let whole = format!("{head}{}0\r\n\r\n", chunk.repeat(16));
+    connection.send(whole.as_bytes()).unwrap();
+    let reply = connection.reply();
+    assert_eq!(reply.status, 413);
+    reply.fault();
+    // Up to the limit a body is looked at.
+    let reply = server.call("PUT", "/vms/a", &" ".repeat(51200));
+    assert_eq!(reply.status, 400);
+}
+
+#[test]
+fn replies_have_the_shape_of_firecrackers_server() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let reply = server.call("PUT", "/vms/a", &pageload(None));
+    let expected = "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
+    assert_eq!(reply.head, expected);
+    let reply = server.call("GET", "/version", "");
+    let expected = format!(
+        "HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        reply.body.len()
+    );
+    assert_eq!(reply.head, expected);
+    let reply = server.call("POST", "/vms", "");
+    assert!(
+        reply.head.starts_with("HTTP/1.1 405 \r\n"),
+        "{}",
+        reply.head
+    );
+    assert!(reply.head.contains("\r\nAllow: GET\r\n"), "{}", reply.head);
+    reply.fault();
+}
+
+#[test]
+fn connections_persist_with_http_1_0_too() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let mut connection = server.connect();
+    for version in ["1.0", "1.0", "1.1", "1.0"] {
+        let config = pageload(None);
+        let length = config.len();
+        let head = format!("PUT /vms/a HTTP/{version}\r\nContent-Length: {length}\r\n\r\n");
+        connection
+            .send(format!("{head}{config}").as_bytes())
+            .unwrap();
+        assert_eq!(connection.reply().status, 204);
+        connection
+            .send(format!("DELETE /vms/a HTTP/{version}\r\n\r\n").as_bytes())
+            .unwrap();
+        assert_eq!(connection.reply().status, 204);
+    }
+}
+
+#[test]
+fn vm_goes_through_its_states() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let state = || server.call("GET", "/vms/a", "").json()["state"].clone();
+    server.done("PUT", "/vms/a", &pageload(Some("ci")));
+    assert_eq!(state(), "Not started");
+    let config = server.call("GET", "/vms/a/config", "").json();
+    assert_eq!(config["machine-config"]["mem_size_mib"], 32);
+    assert_eq!(config["samepage"]["merge_domain"], "ci");
+    assert_eq!(server.call("GET", "/vms/a/vm/config", "").json(), config);
+    server.done("PUT", "/vms/a/actions", START);
+    assert_eq!(state(), "Running");
+    server.done("PATCH", "/vms/a/vm", r#"{"state": "Paused"}"#);
+    assert_eq!(state(), "Paused");
+    server.done("PATCH", "/vms/a/vm", r#"{"state": "Resumed"}"#);
+    assert_eq!(state(), "Running");
+    wait_until("the guest reports", STATE_TIME, || {
+        let vm = server.call("GET", "/vms/a", "").json();
+        vm["report"]["pages_written"]
+            .as_u64()
+            .is_some_and(|pages| pages > 0)
+    });
+    server.done("PUT", "/vms/a/actions", STOP);
+    let vm = server.call("GET", "/vms/a", "").json();
+    assert_eq!(vm["state"], "Ended");
+    assert_eq!(vm["end_reason"], "stopped");
+    server.done("DELETE", "/vms/a", "");
+    assert_eq!(server.call("GET", "/vms", "").json(), json!([]));
+    // The id is free again.
+    server.done("PUT", "/vms/a", &pageload(None));
+}
+
+#[test]
+fn domains_live_as_long_as_their_vms_unless_declared() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&["--domain", "kept"]);
+    let names = || -> Vec<String> {
+        let domains = server.call("GET", "/merge", "").json();
+        domains.as_object().unwrap().keys().cloned().collect()
+    };
+    assert_eq!(names(), ["kept"]);
+    server.done("PUT", "/vms/a", &pageload(Some("ci")));
+    server.done("PUT", "/vms/b", &pageload(Some("ci")));
+    server.done("PUT", "/vms/c", &pageload(Some("kept")));
+    // Named like a domain, and still with nobody to share with.
+    server.done("PUT", "/vms/ci", &pageload(None));
+    assert_eq!(names(), ["ci", "kept", "vm:ci"]);
+    let vms = server.call("GET", "/merge/ci", "").json()["vms"].clone();
+    let vms: Vec<_> = vms.as_object().unwrap().keys().cloned().collect();
+    assert_eq!(vms, ["a", "b"]);
+    for id in ["a", "b", "c", "ci"] {
+        server.done("DELETE", &format!("/vms/{id}"), "");
+    }
+    assert_eq!(names(), ["kept"]);
+}
+
+#[test]
+fn failed_create_leaves_neither_vm_nor_domain() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let config = r#"{"boot-source": {"kernel_image_path": "/nowhere"},
+        "samepage": {"merge_domain": "ci"}}"#;
+    assert_eq!(server.call("PUT", "/vms/a", config).status, 400);
+    assert_eq!(server.call("GET", "/merge", "").json(), json!({}));
+    server.done("PUT", "/vms/a", &pageload(None));
+}
+
+#[test]
+fn merge_settings_change_one_by_one() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&["--domain", "ci"]);
+    let domain = || server.call("GET", "/merge/ci", "").json();
+    let before = domain();
+    assert_eq!(before["run"], "merge");
+    server.done("PATCH", "/merge/ci", r#"{"run": "stop"}"#);
+    assert_eq!(domain()["run"], "stop");
+    assert_eq!(domain()["pages_to_scan"], before["pages_to_scan"]);
+    server.done("PATCH", "/merge/ci", r#"{"pages_to_scan": 77}"#);
+    assert_eq!(domain()["pages_to_scan"], 77);
+    assert_eq!(domain()["sleep_millisecs"], before["sleep_millisecs"]);
+    server.done(
+        "PATCH",
+        "/merge/ci",
+        r#"{"sleep_millisecs": 7, "run": "unmerge"}"#,
+    );
+    assert_eq!(domain()["sleep_millisecs"], 7);
+    assert_eq!(domain()["run"], "unmerge");
+    server.done("PATCH", "/merge/ci", "{}");
+    for counter in [
+        "pages_shared",
+        "pages_sharing",
+        "pages_zero",
+        "saved_bytes",
+        "full_scans",
+    ] {
+        assert!(domain()[counter].is_i64(), "{counter}");
+    }
+}
+
+#[test]
+fn console_stream_ends_with_the_vm() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    server.done("PUT", "/vms/a", &pageload(None));
+    server.done("PUT", "/vms/a/actions", START);
+    let mut connection = server.connect();
+    let request = "GET /vms/a/console HTTP/1.1\r\nHost: localhost\r\n\
+                   Connection: Upgrade\r\nUpgrade: samepage-console\r\n\r\n";
+    connection.send(request.as_bytes()).unwrap();
+    let reply = connection.reply();
+    assert_eq!(reply.status, 101);
+    assert!(
+        reply.head.contains("\r\nUpgrade: samepage-console\r\n"),
+        "{}",
+        reply.head
+    );
+    server.done("PUT", "/vms/a/actions", STOP);
+    let streamed = connection.read_to_end();
+    let history = server.call("GET", "/vms/a/console", "");
+    assert!(
+        history.head.contains("\r\nContent-Type: text/plain\r\n"),
+        "{}",
+        history.head
+    );
+    assert_eq!(streamed, history.body);
+    // Without the protocol it is the history, even of a VM that has ended.
+    assert_eq!(history.status, 200);
+}
+
+#[test]
+fn signals_stop_the_server_with_its_vms_and_socket() {
+    if !kvm::is_present() {
+        return;
+    }
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut server = Server::start(&[]);
+        let mode = std::fs::metadata(server.socket())
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+        server.done("PUT", "/vms/a", &pageload(Some("ci")));
+        server.done("PUT", "/vms/a/actions", START);
+        // An idle connection does not hold it up.
+        let _idle = server.connect();
+        let status = server.stop(signal);
+        assert_eq!(status.code(), Some(0), "{signal:?}");
+        assert!(!server.socket().exists());
+    }
+}
