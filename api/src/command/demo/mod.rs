@@ -140,7 +140,7 @@ impl Stage<'_> {
     async fn launch(&self, progress: &mut Progress) -> Result<(), CommandError> {
         for number in 0..self.guest.vms() {
             progress.note(&format!(
-                "launching vm {} of {}",
+                "launching: vm {} of {}",
                 number + 1,
                 self.guest.vms()
             ));
