@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// What the vCPUs are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +93,16 @@ impl Gate {
         }
     }
 
+    /// For a vCPU whose guest asked to be held: returns after `time`, or when the order changes.
+    pub(crate) fn sleep(&self, time: Duration) {
+        let running = |state: &mut State| state.order == Order::Run;
+        drop(
+            self.changed
+                .wait_timeout_while(self.lock(), time, running)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+    }
+
     /// For a vCPU that is over: it is not waited for any more.
     pub(crate) fn leave(&self) {
         self.lock().passing -= 1;
@@ -150,6 +161,20 @@ mod tests {
         threads
             .into_iter()
             .for_each(|thread| thread.join().unwrap());
+    }
+
+    #[test]
+    fn a_sleeping_vcpu_wakes_when_it_is_wanted() {
+        let gate = Arc::new(Gate::new(1));
+        gate.set(Order::Run);
+        assert!(matches!(gate.pass(), Pass::Run | Pass::RunAfterPause));
+        let sleeper = gate.clone();
+        let thread = std::thread::spawn(move || {
+            sleeper.sleep(Duration::from_secs(3600));
+            sleeper.pass()
+        });
+        gate.set(Order::Exit);
+        assert!(matches!(thread.join().unwrap(), Pass::Leave));
     }
 
     #[test]
