@@ -94,7 +94,7 @@ impl Gate {
     }
 
     /// For a vCPU whose guest asked to be held: returns after `time`, or when the order changes.
-    pub(crate) fn sleep(&self, time: Duration) {
+    pub(crate) fn hold(&self, time: Duration) {
         let running = |state: &mut State| state.order == Order::Run;
         drop(
             self.changed

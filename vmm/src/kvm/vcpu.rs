@@ -193,7 +193,7 @@ fn run(mut vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform) -> 
             Next::Enter => {}
             // Before the gate is looked at: a request that comes later is then not lost.
             Next::Look => armed.clear(),
-            Next::Sleep(time) => gate.sleep(time),
+            Next::Sleep(time) => gate.hold(time),
             Next::End(reason) => return Some(reason),
         }
     }
