@@ -170,7 +170,7 @@ mod tests {
         assert!(matches!(gate.pass(), Pass::Run | Pass::RunAfterPause));
         let sleeper = gate.clone();
         let thread = std::thread::spawn(move || {
-            sleeper.sleep(Duration::from_secs(3600));
+            sleeper.hold(Duration::from_secs(3600));
             sleeper.pass()
         });
         gate.set(Order::Exit);
