@@ -269,3 +269,21 @@ fn memory_beyond_the_mmio_hole_is_the_guests() {
     assert_eq!(lab.end(&vm), EndReason::GuestReset);
     assert_eq!(lab.console(&vm).history(), b"!");
 }
+
+#[test]
+fn no_pause_of_a_busy_guest_is_lost() {
+    if skip() {
+        return;
+    }
+    let lab = Lab::new();
+    // One guest never leaves guest mode by itself, the other does so all the time.
+    let spinning = lab.run("spinning", &Code::new().spin());
+    // .: in $0x80, %al; jmp .
+    let exiting = lab.run("exiting", &Code::new().raw(&[0xe4, 0x80, 0xeb, 0xfc]));
+    for _ in 0..500 {
+        for vm in [&spinning, &exiting] {
+            lab.monitor.pause(vm).unwrap();
+            lab.monitor.resume(vm).unwrap();
+        }
+    }
+}
