@@ -387,3 +387,63 @@ fn signals_stop_the_server_with_its_vms_and_socket() {
         assert!(!server.socket().exists());
     }
 }
+
+/// Threads and open files of a process.
+fn holdings(pid: u32) -> (usize, usize) {
+    let count = |what: &str| {
+        let entries = std::fs::read_dir(format!("/proc/{pid}/{what}")).expect("a live process");
+        entries.count()
+    };
+    (count("task"), count("fd"))
+}
+
+#[test]
+fn clients_that_get_in_each_others_way_leave_nothing_behind() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let rush = || {
+        std::thread::scope(|scope| {
+            for client in 0..4 {
+                let server = &server;
+                // Two share a domain by name, two have private ones; all want the same ids.
+                let config = pageload((client % 2 == 0).then_some("ci"));
+                scope.spawn(move || {
+                    let mut connection = server.connect();
+                    for round in 0..25 {
+                        let path = format!("/vms/v{}", round % 3);
+                        let actions = format!("{path}/actions");
+                        let expected = [200, 204, 400, 404, 409];
+                        for (method, path, body) in [
+                            ("PUT", &path, config.as_str()),
+                            ("PUT", &actions, START),
+                            ("GET", &path, ""),
+                            ("PUT", &actions, STOP),
+                            ("DELETE", &path, ""),
+                        ] {
+                            let status = connection.call(method, path, body).status;
+                            assert!(expected.contains(&status), "{method} {path}: {status}");
+                        }
+                    }
+                });
+            }
+        });
+        for vm in server.call("GET", "/vms", "").json().as_array().unwrap() {
+            let path = format!("/vms/{}", vm["id"].as_str().unwrap());
+            server.call("PUT", &format!("{path}/actions"), STOP);
+            server.done("DELETE", &path, "");
+        }
+        assert_eq!(server.call("GET", "/merge", "").json(), json!({}));
+    };
+    // The first one starts threads of the server's pool, which stay for a while.
+    rush();
+    let mut fewest = holdings(server.pid());
+    wait_until("the server holds no more than before", STATE_TIME, || {
+        rush();
+        let now = holdings(server.pid());
+        let is_steady = now.0 <= fewest.0 && now.1 <= fewest.1;
+        fewest = (fewest.0.min(now.0), fewest.1.min(now.1));
+        is_steady
+    });
+}
