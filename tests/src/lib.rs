@@ -7,6 +7,7 @@
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`kvm`] | whether VMs can run here |
 //! | [`tiny_kernel`] | guests of a few bytes |
+//! | [`proc`] | what a process holds: threads, descriptors, mappings, memfd pages |
 //! | [`wait`] | waiting for a condition, with a deadline |
 //!
 //! # Locks
@@ -15,6 +16,7 @@
 pub mod binary;
 pub mod http;
 pub mod kvm;
+pub mod proc;
 pub mod server;
 pub mod tiny_kernel;
 pub mod wait;

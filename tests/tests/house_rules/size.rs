@@ -42,10 +42,12 @@ pub(crate) fn short_functions(file: &SourceFile) -> Vec<Violation> {
         .collect()
 }
 
-/// Rule `short-lines`. Rows of a table and lines with an address cannot be broken and are free.
+/// Rule `short-lines`. Rows of a table, addresses, and literal text in a document cannot be broken and are free.
 pub(crate) fn short_lines(file: &SourceFile) -> Vec<Violation> {
+    let is_document = file.path.ends_with(".md");
     let is_free = |line: &str| {
         line.contains("://")
+            || (is_document && line.starts_with("    "))
             || line
                 .trim_start_matches(['/', '!', '#', ' '])
                 .starts_with('|')

@@ -67,7 +67,7 @@ impl Modules {
     pub(crate) fn unlisted(&self, architecture: &str) -> Vec<Violation> {
         self.files
             .iter()
-            .filter(|(path, _)| !path.starts_with("tests/") && !path.starts_with(BARE_METAL))
+            .filter(|(path, _)| !SourceFile::new(path, "").is_test_code() && !path.starts_with(BARE_METAL))
             .filter_map(|(path, code)| {
                 let at = find_word(code, "unsafe").next()?;
                 let message = format!(
