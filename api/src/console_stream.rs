@@ -14,7 +14,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use vmm::{Console, ConsoleRead};
 
-use crate::http10::PersistentHttp10;
+use crate::wire::Wire;
 
 /// Pieces of output on their way to a client that reads slowly.
 const PIECES_MAX: usize = 16;
@@ -32,7 +32,7 @@ pub async fn pump(upgrade: OnUpgrade, console: Console) {
             return;
         }
     };
-    let Ok(parts) = upgraded.downcast::<TokioIo<PersistentHttp10<UnixStream>>>() else {
+    let Ok(parts) = upgraded.downcast::<TokioIo<Wire<UnixStream>>>() else {
         log::error!("console stream: the connection is not one of the api socket");
         return;
     };

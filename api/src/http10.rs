@@ -10,12 +10,6 @@
 //! line. Where it would lose track (chunked bodies, upgrades) it stops for good and passes bytes
 //! through: an HTTP/1.0 client can send neither.
 
-use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
-
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
 /// Longest header line that is looked into; `content-length` and `upgrade` lines are far shorter.
 const LINE_MAX_BYTES: usize = 256;
 const OLD_VERSION: &[u8] = b" HTTP/1.0";
@@ -34,7 +28,7 @@ enum Place {
 
 /// Turns `HTTP/1.0` into `HTTP/1.1` in the request lines of a byte stream, in place.
 #[derive(Debug)]
-struct Relabeller {
+pub struct Relabeller {
     place: Place,
     /// The present line so far, without its end; only its first [`LINE_MAX_BYTES`] in headers,
     /// only its last bytes in the request line.
@@ -43,8 +37,15 @@ struct Relabeller {
     stop_after_head: bool,
 }
 
+impl Default for Relabeller {
+    fn default() -> Relabeller {
+        Relabeller::new()
+    }
+}
+
 impl Relabeller {
-    fn new() -> Relabeller {
+    /// At the start of a connection.
+    pub fn new() -> Relabeller {
         Relabeller {
             place: Place::RequestLine,
             line: Vec::new(),
@@ -53,7 +54,8 @@ impl Relabeller {
         }
     }
 
-    fn relabel(&mut self, bytes: &mut [u8]) {
+    /// Works on the next bytes of the stream.
+    pub fn relabel(&mut self, bytes: &mut [u8]) {
         let mut at = 0;
         while at < bytes.len() {
             match &mut self.place {
@@ -126,61 +128,6 @@ impl Relabeller {
             Some(("transfer-encoding" | "upgrade", _)) => self.stop_after_head = true,
             _ => {}
         }
-    }
-}
-
-/// A connection whose HTTP/1.0 requests read as HTTP/1.1 ones.
-#[derive(Debug)]
-pub struct PersistentHttp10<S> {
-    stream: S,
-    relabeller: Relabeller,
-}
-
-impl<S> PersistentHttp10<S> {
-    /// Wraps a fresh connection; nothing may have been read from it.
-    pub fn new(stream: S) -> PersistentHttp10<S> {
-        PersistentHttp10 {
-            stream,
-            relabeller: Relabeller::new(),
-        }
-    }
-
-    /// The connection itself, as it is after an upgrade.
-    pub fn into_inner(self) -> S {
-        self.stream
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for PersistentHttp10<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Poll::Ready(Ok(())) = polled {
-            self.relabeller.relabel(&mut buf.filled_mut()[before..]);
-        }
-        polled
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for PersistentHttp10<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

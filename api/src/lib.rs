@@ -17,7 +17,8 @@
 //! | [`domain_name`] | how paths and replies name a merge domain |
 //! | [`front_door`] | which monitor serves which VM, and what each request does there |
 //! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
-//! | [`server`], [`socket`], [`http10`], [`console_stream`] | the unix socket and HTTP on it |
+//! | [`server`], [`socket`], [`console_stream`] | the unix socket and HTTP on it |
+//! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
 //! | [`vm_args`] | from arguments to a VM's config |
@@ -50,7 +51,9 @@ pub mod server;
 pub mod socket;
 pub mod table;
 pub mod terminal;
+pub mod unreadable;
 pub mod vm_args;
+pub mod wire;
 
 /// The OpenAPI document of this API, as `GET /openapi.json` serves it.
 pub const OPENAPI_JSON: &str = include_str!("../../resources/openapi.json");

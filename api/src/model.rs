@@ -125,3 +125,59 @@ impl From<&VmInfo> for VmDescription {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(value: &serde_json::Value) -> Vec<String> {
+        let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+        keys.sort();
+        keys
+    }
+
+    #[test]
+    fn openapi_document_has_every_field_and_no_other() {
+        let info = VmInfo {
+            id: "a".parse().unwrap(),
+            state: VmState::NotStarted,
+            merge_domain: None,
+            merge: true,
+            mem_size_bytes: 1 << 20,
+            vcpu_count: 1,
+            oom_priority: 0,
+            report: None,
+        };
+        let domain = Domain {
+            run: Run::Merge,
+            pages_to_scan: 1,
+            sleep_millisecs: 1,
+            stats: Stats::default(),
+            vms: BTreeMap::new(),
+        };
+        let document: serde_json::Value = serde_json::from_str(crate::OPENAPI_JSON).unwrap();
+        let schemas = &document["components"]["schemas"];
+        for (schema, reply) in [
+            (
+                "Vm",
+                serde_json::to_value(VmDescription::from(&info)).unwrap(),
+            ),
+            ("Report", serde_json::to_value(Report::default()).unwrap()),
+            ("Domain", serde_json::to_value(&domain).unwrap()),
+            (
+                "VmMerge",
+                serde_json::to_value(RegionStats::default()).unwrap(),
+            ),
+            ("Version", serde_json::to_value(Version::current()).unwrap()),
+        ] {
+            assert_eq!(
+                keys(&schemas[schema]["properties"]),
+                keys(&reply),
+                "{schema}"
+            );
+        }
+        let round_trip: Domain =
+            serde_json::from_value(serde_json::to_value(&domain).unwrap()).unwrap();
+        assert_eq!(round_trip, domain);
+    }
+}

@@ -19,10 +19,10 @@ use tokio::task::JoinSet;
 use crate::console_stream;
 use crate::fault::Fault;
 use crate::front_door::FrontDoor;
-use crate::http10::PersistentHttp10;
 use crate::reply::{self, CONSOLE_PROTOCOL};
 use crate::request::Request;
 use crate::route::route;
+use crate::wire::Wire;
 
 /// Largest request body; Firecracker's default limit (`HTTP_MAX_PAYLOAD_SIZE`).
 pub const BODY_MAX_BYTES: usize = 51200;
@@ -85,7 +85,7 @@ async fn converse(stream: UnixStream, door: Arc<FrontDoor>, mut stopped: watch::
         .auto_date_header(false)
         .title_case_headers(true)
         .half_close(true)
-        .serve_connection(TokioIo::new(PersistentHttp10::new(stream)), service)
+        .serve_connection(TokioIo::new(Wire::new(stream)), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     // The guard of the watched value is dropped before anything is awaited.

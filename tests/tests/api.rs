@@ -205,6 +205,38 @@ fn replies_have_the_shape_of_firecrackers_server() {
 }
 
 #[test]
+fn what_is_no_http_request_is_a_fault_too() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let long_path = format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(70_000));
+    let headers: String = (0..200).map(|number| format!("h{number}: x\r\n")).collect();
+    let cases = [
+        ("nonsense\r\n\r\n", 400),
+        ("GET /vms HTTP/9.9\r\n\r\n", 400),
+        ("PUT /vms/a HTTP/1.1\r\nContent-Length: many\r\n\r\n", 400),
+        (&format!("GET /vms HTTP/1.1\r\n{headers}\r\n"), 431),
+        (&long_path, 414),
+    ];
+    for (request, status) in cases {
+        let mut connection = server.connect();
+        // A request that works comes first, so that the reply is not the connection's first.
+        assert_eq!(connection.call("GET", "/vms", "").status, 200);
+        connection.send(request.as_bytes()).unwrap();
+        let reply = connection.reply();
+        assert_eq!(reply.status, status, "{}", reply.head);
+        assert!(
+            reply.head.contains("\r\nConnection: close\r\n"),
+            "{}",
+            reply.head
+        );
+        reply.fault();
+        assert_eq!(connection.read_to_end(), b"");
+    }
+}
+
+#[test]
 fn connections_persist_with_http_1_0_too() {
     if !kvm::is_present() {
         return;
@@ -386,4 +418,62 @@ fn signals_stop_the_server_with_its_vms_and_socket() {
         assert_eq!(status.code(), Some(0), "{signal:?}");
         assert!(!server.socket().exists());
     }
+}
+
+/// Threads, those of tokio's pools left out, and open files of a process.
+fn holdings(pid: u32) -> (Vec<String>, usize) {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("a live process");
+    let names = tasks.flatten().map(|task| {
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        name.trim().to_owned()
+    });
+    let threads = names.filter(|name| !name.starts_with("tokio")).collect();
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a live process");
+    (threads, files.count())
+}
+
+/// Creates, starts, stops and deletes VMs of a few ids, whatever others do to them.
+fn get_in_the_way(server: &Server, merge_domain: Option<&str>) {
+    let config = pageload(merge_domain);
+    let mut connection = server.connect();
+    for round in 0..25 {
+        let path = format!("/vms/v{}", round % 3);
+        let actions = format!("{path}/actions");
+        for (method, path, body) in [
+            ("PUT", &path, config.as_str()),
+            ("PUT", &actions, START),
+            ("GET", &path, ""),
+            ("PUT", &actions, STOP),
+            ("DELETE", &path, ""),
+        ] {
+            let status = connection.call(method, path, body).status;
+            let expected = [200, 204, 400, 404, 409];
+            assert!(expected.contains(&status), "{method} {path}: {status}");
+        }
+    }
+}
+
+#[test]
+fn clients_that_get_in_each_others_way_leave_nothing_behind() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let before = holdings(server.pid());
+    std::thread::scope(|scope| {
+        for merge_domain in [Some("ci"), None, Some("ci"), None] {
+            let server = &server;
+            scope.spawn(move || get_in_the_way(server, merge_domain));
+        }
+    });
+    for vm in server.call("GET", "/vms", "").json().as_array().unwrap() {
+        let path = format!("/vms/{}", vm["id"].as_str().unwrap());
+        // It may have been left running, or not.
+        server.call("PUT", &format!("{path}/actions"), STOP);
+        server.done("DELETE", &path, "");
+    }
+    assert_eq!(server.call("GET", "/merge", "").json(), json!({}));
+    wait_until("the server holds what it held before", STATE_TIME, || {
+        holdings(server.pid()) == before
+    });
 }

@@ -1,0 +1,117 @@
+//! A connection with what hyper does differently from Firecracker's server put right in its bytes:
+//! requests by [`http10`](crate::http10), replies by [`unreadable`](crate::unreadable).
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::http10::Relabeller;
+use crate::unreadable;
+
+/// A connection of the API's socket.
+#[derive(Debug)]
+pub struct Wire<S> {
+    stream: S,
+    relabeller: Relabeller,
+    outgoing: Outgoing,
+}
+
+#[derive(Debug)]
+enum Outgoing {
+    /// All that was written is on its way. hyper flushes when a reply is complete, and ours have
+    /// bodies of one piece: what is written next is a reply's head.
+    Flushed,
+    /// Somewhere in a reply.
+    InReply,
+    /// A reply of ours goes out in place of one of `replaced_bytes`.
+    StandIn {
+        reply: Vec<u8>,
+        sent_bytes: usize,
+        replaced_bytes: usize,
+    },
+}
+
+impl<S> Wire<S> {
+    /// Wraps a fresh connection; nothing may have been read from it or written to it.
+    pub fn new(stream: S) -> Wire<S> {
+        Wire {
+            stream,
+            relabeller: Relabeller::new(),
+            outgoing: Outgoing::Flushed,
+        }
+    }
+
+    /// The connection itself, as it is after an upgrade.
+    pub fn into_inner(self) -> S {
+        self.stream
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let Poll::Ready(Ok(())) = polled {
+            self.relabeller.relabel(&mut buf.filled_mut()[before..]);
+        }
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let Wire {
+            stream, outgoing, ..
+        } = &mut *self;
+        if let Outgoing::Flushed = outgoing {
+            *outgoing = match unreadable::stand_in(bytes) {
+                None => Outgoing::InReply,
+                Some(reply) => Outgoing::StandIn {
+                    reply,
+                    sent_bytes: 0,
+                    replaced_bytes: bytes.len(),
+                },
+            };
+        }
+        let Outgoing::StandIn {
+            reply,
+            sent_bytes,
+            replaced_bytes,
+        } = outgoing
+        else {
+            return Pin::new(stream).poll_write(cx, bytes);
+        };
+        while *sent_bytes < reply.len() {
+            let rest = &reply[*sent_bytes..];
+            match ready!(Pin::new(&mut *stream).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                sent => *sent_bytes += sent,
+            }
+        }
+        let replaced_bytes = *replaced_bytes;
+        *outgoing = Outgoing::InReply;
+        Poll::Ready(Ok(replaced_bytes))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let polled = Pin::new(&mut self.stream).poll_flush(cx);
+        if let (Poll::Ready(Ok(())), Outgoing::InReply) = (&polled, &self.outgoing) {
+            self.outgoing = Outgoing::Flushed;
+        }
+        polled
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
