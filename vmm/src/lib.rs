@@ -37,6 +37,7 @@
 //! | [`bus`] | MMIO address to device | pure |
 //! | [`events`] | the event loop | thread |
 //! | [`virtio`] | virtio-mmio transport, queues, block device | state |
+//! | [`pageload`] | the embedded bare-metal guest | bytes |
 //! | `panics` | text of a caught panic | pure |
 //!
 //! # Threads
@@ -77,6 +78,7 @@ mod kvm;
 mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod pageload;
 mod panics;
 mod reaper;
 pub mod start;

@@ -15,6 +15,7 @@ use crate::kvm::KvmError;
 use crate::kvm::vcpu::VcpuError;
 use crate::memory::GuestMemory;
 use crate::memory::ram::RamError;
+use crate::pageload;
 use crate::virtio::{Disk, DiskError, SlotError};
 
 /// Why a VM could not be created or started.
@@ -68,7 +69,7 @@ pub enum StartError {
     #[error("cannot make an eventfd: {0}")]
     EventFd(#[source] std::io::Error),
     /// A drive's file.
-    #[error("path_on_host: {0}")]
+    #[error(transparent)]
     Disk(#[from] DiskError),
     /// A place for a device.
     #[error("drives: {0}")]
@@ -160,12 +161,7 @@ fn load_kernel(memory: &GuestMemory, config: &VmConfig) -> Result<Kernel, StartE
     let path = &config.boot_source.kernel_image_path;
     let mem_size_bytes = config.mem_size_bytes();
     let loaded = if config.boot_source.is_builtin_pageload() {
-        let image = builtin_pageload().ok_or_else(|| StartError::File {
-            field,
-            path: path.clone(),
-            error: std::io::Error::other("this program was built without the embedded guest"),
-        })?;
-        kernel::load(memory, mem_size_bytes, &mut Cursor::new(image))
+        kernel::load(memory, mem_size_bytes, &mut Cursor::new(pageload::image()))
     } else {
         kernel::load(memory, mem_size_bytes, &mut open(field, path)?)
     };
@@ -174,9 +170,4 @@ fn load_kernel(memory: &GuestMemory, config: &VmConfig) -> Result<Kernel, StartE
         path: path.clone(),
         error: error.into(),
     })
-}
-
-/// The bytes of the embedded bare-metal guest.
-fn builtin_pageload() -> Option<&'static [u8]> {
-    None
 }

@@ -199,3 +199,40 @@ fn many_vms_run_side_by_side_and_end_with_their_monitor() {
     assert_eq!(reader.read(LONG), vmm::ConsoleRead::Bytes(b"up".to_vec()));
     assert_eq!(reader.read(LONG), vmm::ConsoleRead::Ended);
 }
+
+#[test]
+fn the_guest_can_start_its_other_vcpus() {
+    if skip() {
+        return;
+    }
+    // At 0x8000, in real mode: print 'A' (mov $0x3f8, %dx; mov $'A', %al; out %al, %dx), then
+    // reset (mov $0xfe, %al; out %al, $0x64; hlt). Copied there 8 bytes at a time (movabs).
+    let application = [
+        0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xb0, 0xfe, 0xe6, 0x64, 0xf4,
+    ];
+    let mut code = Code::new();
+    for (chunk, address) in application.chunks(8).zip([0x8000_u64, 0x8008]) {
+        let mut word = [0x90; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        code = code
+            .raw(&[0x48, 0xb8])
+            .raw(&word)
+            .raw(&[0x48, 0xa3])
+            .raw(&address.to_le_bytes());
+    }
+    // LAPIC: software enable, then INIT and start-up at page 8 to all but itself.
+    for (register, value) in [(0xf0_u32, 0x1ff_u32), (0x300, 0xc_4500), (0x300, 0xc_4608)] {
+        let address = (0xfee0_0000 | register).to_le_bytes();
+        code = code
+            .raw(&[0xbf])
+            .raw(&address)
+            .raw(&[0xc7, 0x07])
+            .raw(&value.to_le_bytes());
+    }
+    let lab = Lab::new();
+    let mut config = lab.config(&code.halt());
+    config.machine_config.vcpu_count = 2;
+    let vm = lab.start("vm", config);
+    assert_eq!(lab.end(&vm), EndReason::GuestReset);
+    assert_eq!(lab.console(&vm).history(), b"A");
+}

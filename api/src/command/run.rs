@@ -59,7 +59,7 @@ pub async fn run(args: &RunArgs) -> Result<ExitCode, CommandError> {
     let (cause, reason) = (cause?, reason?);
     eprintln!(
         "{}samepage: vm ended: {reason}",
-        if is_terminal { "\r\n" } else { "" }
+        if is_terminal { "\n" } else { "" }
     );
     Ok(exit_code(cause, &reason))
 }

@@ -6,7 +6,7 @@
 //! | 0x60, 0x64 | keyboard controller, interrupt 1; reset | [`i8042`] |
 //! | 0x70, 0x71 | CMOS and real-time clock | [`cmos`] |
 //! | 0x505 | pvpanic | [`pvpanic`] |
-//! | 0x680, 0x684, 0x688 | report of the pageload guest | [`report`] |
+//! | 0x680, 0x684, 0x688, 0x68c | report and sleep of the pageload guest | [`report`] |
 //!
 //! PIC, PIT (with port 0x61), LAPIC and IOAPIC live in KVM. A port without a device reads all ones.
 

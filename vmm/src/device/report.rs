@@ -1,10 +1,11 @@
 //! The report port of the pageload guest: counters that it commits one 64-bit value at a time.
 //!
 //! A 32-bit OUT to 0x680 selects a register, one to 0x684 gives the low half of its value, one to
-//! 0x688 gives the high half and commits the whole. Rejected: printing counters on the console,
+//! 0x688 gives the high half and commits the whole. One to 0x68c asks for a pause in microseconds. Rejected: printing counters on the console,
 //! which costs the guest an exit per character and the host a parser.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::info::GuestReport;
 
@@ -14,6 +15,19 @@ pub(crate) const PORT_INDEX: u16 = 0x680;
 pub(crate) const PORT_LOW: u16 = 0x684;
 /// High half; commits.
 pub(crate) const PORT_HIGH: u16 = 0x688;
+/// Holds the vCPU for this many microseconds.
+pub(crate) const PORT_SLEEP_US: u16 = 0x68c;
+
+/// How long a 32-bit OUT to [`PORT_SLEEP_US`] asks the vCPU to be held. Other widths are ignored.
+///
+/// It is how a guest without a timer driver paces itself. It gives the guest nothing that `hlt`
+/// does not: the time is its own, and a pause or stop cuts it short.
+pub(crate) fn sleep_time(port: u16, data: &[u8]) -> Option<Duration> {
+    let bytes = <[u8; 4]>::try_from(data)
+        .ok()
+        .filter(|_| port == PORT_SLEEP_US)?;
+    Some(Duration::from_micros(u64::from(u32::from_le_bytes(bytes))))
+}
 
 /// The registers and what was committed.
 #[derive(Debug, Default)]
@@ -102,6 +116,17 @@ mod tests {
             (report.first_bad_page, report.exception_vector),
             (Some(0), None)
         );
+    }
+
+    #[test]
+    fn only_a_32_bit_write_to_its_port_asks_for_sleep() {
+        let us = 1500_u32.to_le_bytes();
+        assert_eq!(
+            sleep_time(PORT_SLEEP_US, &us),
+            Some(Duration::from_micros(1500))
+        );
+        assert_eq!(sleep_time(PORT_HIGH, &us), None);
+        assert_eq!(sleep_time(PORT_SLEEP_US, &us[..2]), None);
     }
 
     #[test]

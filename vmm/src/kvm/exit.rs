@@ -1,5 +1,7 @@
 //! What a vCPU does with the reasons for which KVM leaves the guest.
 
+use std::time::Duration;
+
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_vcpu_events,
 };
@@ -8,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::run_page::{self, InternalError};
 use crate::bus::MmioBus;
-use crate::device::Ports;
+use crate::device::{Ports, report};
 use crate::memory::GuestMemory;
 use crate::state::EndReason;
 
@@ -34,6 +36,8 @@ pub(crate) enum Next {
     Enter,
     /// A signal: look at what is wanted, then enter again.
     Look,
+    /// The guest asked to be held for a while.
+    Sleep(Duration),
     /// The VM is over.
     End(EndReason),
 }
@@ -48,7 +52,7 @@ pub(crate) fn run_once(vcpu: &mut VcpuFd, platform: &Platform) -> Next {
     };
     match exit {
         VcpuExit::IoOut(port, data) => match platform.ports.write(port, data) {
-            None => Next::Enter,
+            None => report::sleep_time(port, data).map_or(Next::Enter, Next::Sleep),
             Some(reason) => Next::End(reason),
         },
         VcpuExit::IoIn(port, data) => {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// What the vCPUs are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +14,17 @@ pub(crate) enum Order {
     Pause = 1,
     /// Leave the gate for good. Never taken back.
     Exit = 2,
+}
+
+/// What the gate says to a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Run the guest.
+    Run,
+    /// Run the guest, which stood still meanwhile.
+    RunAfterPause,
+    /// Leave.
+    Leave,
 }
 
 /// The gate of one VM.
@@ -59,11 +71,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// For a vCPU: waits while the order is to stand still. Returns whether to run the guest; if
-    /// not, the vCPU leaves.
-    pub(crate) fn pass(&self) -> bool {
+    /// For a vCPU: waits while the order is to stand still. A vCPU told to leave calls
+    /// [`Gate::leave`] next.
+    pub(crate) fn pass(&self) -> Pass {
         if self.order.load(Ordering::SeqCst) == Order::Run as u8 {
-            return true;
+            return Pass::Run;
         }
         let mut state = self.lock();
         state.passing -= 1;
@@ -74,7 +86,21 @@ impl Gate {
             .wait_while(state, paused)
             .unwrap_or_else(PoisonError::into_inner);
         state.passing += 1;
-        state.order == Order::Run
+        if state.order == Order::Run {
+            Pass::RunAfterPause
+        } else {
+            Pass::Leave
+        }
+    }
+
+    /// For a vCPU whose guest asked to be held: returns after `time`, or when the order changes.
+    pub(crate) fn sleep(&self, time: Duration) {
+        let running = |state: &mut State| state.order == Order::Run;
+        drop(
+            self.changed
+                .wait_timeout_while(self.lock(), time, running)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
     }
 
     /// For a vCPU that is over: it is not waited for any more.
@@ -109,7 +135,7 @@ mod tests {
             .map(|_| {
                 let (gate, rounds) = (gate.clone(), rounds.clone());
                 std::thread::spawn(move || {
-                    while gate.pass() {
+                    while gate.pass() != Pass::Leave {
                         rounds.fetch_add(1, Ordering::SeqCst);
                         std::thread::yield_now();
                     }
@@ -138,18 +164,32 @@ mod tests {
     }
 
     #[test]
+    fn a_sleeping_vcpu_wakes_when_it_is_wanted() {
+        let gate = Arc::new(Gate::new(1));
+        gate.set(Order::Run);
+        assert!(matches!(gate.pass(), Pass::Run | Pass::RunAfterPause));
+        let sleeper = gate.clone();
+        let thread = std::thread::spawn(move || {
+            sleeper.sleep(Duration::from_secs(3600));
+            sleeper.pass()
+        });
+        gate.set(Order::Exit);
+        assert!(matches!(thread.join().unwrap(), Pass::Leave));
+    }
+
+    #[test]
     fn exit_is_never_taken_back() {
         let gate = Gate::new(1);
         gate.set(Order::Exit);
         gate.set(Order::Run);
-        assert!(!gate.pass());
+        assert_eq!(gate.pass(), Pass::Leave);
     }
 
     #[test]
     fn a_vcpu_that_left_is_not_waited_for() {
         let gate = Gate::new(1);
         gate.set(Order::Run);
-        assert!(gate.pass());
+        assert_eq!(gate.pass(), Pass::Run);
         gate.leave();
         gate.set(Order::Pause);
         gate.wait_still();

@@ -16,7 +16,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::KvmError;
 use super::cpuid::{Topology, for_vcpu};
 use super::exit::{Next, Platform, run_once};
-use super::gate::{Gate, Order};
+use super::gate::{Gate, Order, Pass};
 use super::registers;
 use super::run_page::Kick;
 use crate::panics;
@@ -178,14 +178,94 @@ fn run(mut vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform) -> 
     // Declared after, hence dropped before the vCPU.
     let armed = kick.arm(&mut vcpu);
     loop {
-        if !gate.pass() {
-            return None;
+        match gate.pass() {
+            Pass::Run => {}
+            // Spares the guest a false alarm of its lockup detector. Guests without kvm-clock do
+            // not need it and make it fail.
+            Pass::RunAfterPause => drop(vcpu.kvmclock_ctrl()),
+            Pass::Leave => return None,
         }
         match run_once(&mut vcpu, platform) {
             Next::Enter => {}
             // Before the gate is looked at: a request that comes later is then not lost.
             Next::Look => armed.clear(),
+            Next::Sleep(time) => gate.sleep(time),
             Next::End(reason) => return Some(reason),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::tables;
+    use crate::bus::{MmioBus, MmioDevice};
+    use crate::console::Console;
+    use crate::device::irq::IrqLine;
+    use crate::device::{Ports, cmos::Cmos, i8042::I8042, serial::SerialPort};
+    use crate::machine::Host;
+    use crate::memory::ram::Ram;
+    use std::sync::{Mutex, mpsc};
+    use std::time::Duration;
+    use vm_memory::{Bytes, GuestAddress};
+
+    struct Broken;
+
+    impl MmioDevice for Broken {
+        fn read(&mut self, _offset: u64, _data: &mut [u8]) {
+            panic!("device broke");
+        }
+
+        fn write(&mut self, _offset: u64, _data: &[u8]) {}
+    }
+
+    fn platform_with_broken_device(ram: &Ram) -> Arc<Platform> {
+        let mut mmio = MmioBus::new();
+        mmio.insert(0xd000_0000, 0x1000, Arc::new(Mutex::new(Broken)))
+            .unwrap();
+        let ports = Ports {
+            serial: SerialPort::new(IrqLine::new().unwrap(), &Console::new()),
+            i8042: Mutex::new(I8042::new(IrqLine::new().unwrap())),
+            cmos: Mutex::new(Cmos::new(0)),
+            report: Arc::default(),
+        };
+        Arc::new(Platform {
+            ports,
+            mmio,
+            memory: ram.memory().clone(),
+        })
+    }
+
+    #[test]
+    fn a_panic_in_a_vcpu_thread_ends_the_vm_with_its_text() {
+        if std::env::var("SAMEPAGE_SKIP_KVM").is_ok_and(|value| value == "1") {
+            return;
+        }
+        let (kvm, cpuid) = Host::open_kvm().expect("this test needs /dev/kvm");
+        let ram = Ram::new(2 << 20, None).unwrap();
+        tables::write_page_tables(ram.memory()).unwrap();
+        tables::write_gdt(ram.memory()).unwrap();
+        // mov $0xd0000000, %edi; mov (%rdi), %eax
+        let code = [0xbf, 0x00, 0x00, 0x00, 0xd0, 0x8b, 0x07];
+        ram.memory()
+            .write_slice(&code, GuestAddress(0x10_0000))
+            .unwrap();
+        let vm = super::super::vm::create(&kvm, ram.memory()).unwrap();
+        let topology = Topology {
+            vcpus: 2,
+            smt: false,
+        };
+        let vcpus = create(&vm, &cpuid, topology, 0x10_0000).unwrap();
+        let platform = platform_with_broken_device(&ram);
+        let (ended, reasons) = mpsc::channel();
+        let on_end: OnEnd = Arc::new(move |reason| ended.send(reason).unwrap());
+        let threads = VcpuThreads::spawn(vcpus, "test", &platform, &on_end).unwrap();
+        threads.set(Order::Run);
+        match reasons.recv_timeout(Duration::from_secs(20)) {
+            Ok(EndReason::Error(text)) => assert!(text.contains("device broke"), "{text}"),
+            other => panic!("{other:?}"),
+        }
+        drop((threads, platform, vm));
+        ram.release().unwrap();
     }
 }

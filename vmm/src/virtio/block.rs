@@ -213,4 +213,6 @@ fn execute(disk: &mut Disk, request: &Request, memory: &GuestMemory) -> Result<u
 }
 
 #[cfg(test)]
+mod merge_tests;
+#[cfg(test)]
 mod tests;

@@ -85,6 +85,20 @@ impl Guest {
         }
     }
 
+    /// The worker, to be run on another thread; this guest's doorbells wake nobody afterwards.
+    #[cfg(test)]
+    pub(crate) fn take_worker(&mut self) -> QueueWorker<Block> {
+        let doorbells: Arc<[EventFd]> = Arc::new([]);
+        let label = Arc::from("taken");
+        let nobody = QueueWorker::new(
+            self.device.clone(),
+            doorbells,
+            self.interrupt.clone(),
+            label,
+        );
+        std::mem::replace(&mut self.worker, nobody)
+    }
+
     pub(crate) fn read(&mut self, offset: u32) -> u32 {
         let mut bytes = [0xaa; 4];
         self.registers.read(u64::from(offset), &mut bytes);

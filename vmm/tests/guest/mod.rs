@@ -18,7 +18,7 @@ use vmm::{Console, ConsoleRead, ConsoleReader, EndReason, Monitor, VmConfig, VmI
 pub const LONG: Duration = Duration::from_secs(60);
 
 /// Guests are loaded and started here.
-const BASE: u64 = 0x10_0000;
+pub const BASE: u64 = 0x10_0000;
 
 /// Whether to skip tests that need KVM; fails where it is missing and nobody said to skip.
 pub fn skip() -> bool {
@@ -103,6 +103,13 @@ impl Code {
     /// `cli; hlt`
     pub fn halt(self) -> Code {
         self.raw(&[0xfa, 0xf4])
+    }
+
+    /// Zeros up to `offset` from the start, for data at a known address.
+    pub fn padded_to(mut self, offset: usize) -> Code {
+        assert!(self.0.len() <= offset);
+        self.0.resize(offset, 0);
+        self
     }
 
     /// An ELF image with one segment.

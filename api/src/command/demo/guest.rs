@@ -1,5 +1,7 @@
 //! What runs in the demo's VMs, and how to tell how far it is.
 
+use std::time::Duration;
+
 use vmm::VmConfig;
 
 use super::{DOMAIN, linux, pageload};
@@ -61,8 +63,15 @@ impl Guest {
         self.vms
     }
 
-    pub(super) fn total_mem_mib(&self) -> u64 {
-        u64::from(self.vms) * u64::from(self.mem_mib)
+    /// Bound of each phase of the demo: far more than it takes, so that what is stuck ends.
+    pub(super) fn phase_time(&self) -> Duration {
+        let vms = u64::from(self.vms);
+        let secs = match self.kind {
+            DemoGuest::Pageload => 60 + vms * u64::from(self.mem_mib) / 64,
+            // Where KVM emulates the guest's kernel mode, two of them keep a core busy for a minute.
+            DemoGuest::Linux => 120 + vms * 60,
+        };
+        Duration::from_secs(secs)
     }
 
     pub(super) fn id(&self, number: u16) -> String {

@@ -38,8 +38,6 @@ const CALM_TIME: Duration = Duration::from_secs(3);
 const CALM_SCANS: u64 = 2;
 /// Passes that every guest verifies after its pages were merged.
 const PASSES_AFTER: u64 = 2;
-/// Bound of each phase, beside what the amount of memory adds.
-const PHASE_TIME: Duration = Duration::from_secs(60);
 
 /// Runs the demo.
 ///
@@ -88,7 +86,7 @@ async fn show(
         guest,
         client: server.client(),
         server,
-        phase_time: PHASE_TIME + Duration::from_secs(guest.total_mem_mib() / 64),
+        phase_time: guest.phase_time(),
     };
     stage.set_run(Run::Stop).await?;
     stage.launch(progress).await?;
@@ -140,7 +138,7 @@ impl Stage<'_> {
     async fn launch(&self, progress: &mut Progress) -> Result<(), CommandError> {
         for number in 0..self.guest.vms() {
             progress.note(&format!(
-                "launching vm {} of {}",
+                "launching: vm {} of {}",
                 number + 1,
                 self.guest.vms()
             ));

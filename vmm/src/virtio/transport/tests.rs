@@ -2,6 +2,7 @@ use super::*;
 use crate::virtio::Disk;
 use crate::virtio::fuzzing::{self, DESCRIPTORS, Guest};
 use proptest::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
 
 fn disk() -> Disk {
@@ -179,6 +180,33 @@ fn dropping_the_parts_lets_go_of_guest_memory() {
     assert_eq!(Arc::strong_count(&memory), 3);
     drop((registers, worker, device));
     assert_eq!(Arc::strong_count(&memory), 1);
+}
+
+#[test]
+fn after_a_reset_nobody_touches_guest_memory_also_while_the_queue_is_served() {
+    let mut guest = guest();
+    let mut worker = guest.take_worker();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                worker.serve(0);
+            }
+        });
+        for round in 0..500_u16 {
+            guest.poke(fuzzing::AVAIL, &[0; 4]);
+            guest.set_up(0);
+            // Sixteen chains without a status byte, or an index too far ahead.
+            let index = if round % 2 == 0 { 16_u16 } else { 99 };
+            guest.poke(fuzzing::AVAIL + 2, &index.to_le_bytes());
+            // Another moment each time.
+            (0..round * 8).for_each(|_| std::hint::spin_loop());
+            guest.write(register::VIRTIO_MMIO_STATUS, 0);
+            assert_eq!(Arc::strong_count(&guest.memory), 2);
+            assert_eq!(guest.read(register::VIRTIO_MMIO_STATUS), 0);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
 }
 
 proptest! {
