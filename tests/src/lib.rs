@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`binary`] | the `samepage` binary under test |
 //! | [`server`] | a server process that ends with its test |
+//! | [`guest_memory`] | guests' memory, read out of the server for an oracle |
 //! | [`guests`] | VMs in a monitor of the test's own process |
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`kvm`] | whether VMs can run here |
@@ -15,6 +16,7 @@
 //! None.
 
 pub mod binary;
+pub mod guest_memory;
 pub mod guests;
 pub mod http;
 pub mod kvm;
