@@ -1,5 +1,5 @@
 //! What the engine asks of memory, as a trait: the kernel behind it in production
-//! ([`linux`]), a model in tests ([`fake`]).
+//! ([`linux`]), a model in tests (`fake`).
 
 #[expect(unsafe_code, reason = "the system calls that move pages")]
 pub(crate) mod linux;

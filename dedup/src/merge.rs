@@ -159,28 +159,17 @@ impl<B: Backing> Scanner<B> {
             id,
             partner_id,
         };
-        let mut equal = Vec::new();
-        for pair in run {
-            let (mut own, mut other) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
-            inside.backing().read(pair.page, &mut own);
-            partner.backing().read(pair.partner_page, &mut other);
-            let partner_state = self.items(partner_id).state(pair.partner_page);
-            if own == other && matches!(partner_state, PageState::Unshared { .. }) {
-                equal.push(*pair);
-            } else {
-                self.keep_candidate(id, pair.page, pair.fingerprint);
+        let mut rest = run;
+        while !rest.is_empty() {
+            let Some((first, pages)) = self.stable.take_run(run_len(rest)) else {
+                break;
+            };
+            let (now, later) = rest.split_at(pages as usize);
+            let filled = self.fill(inside, partner, now, first)?;
+            for part in runs(&filled, usize::MAX, |a, b| pair_continues(&a.0, &b.0)) {
+                self.found(&mut founding, part)?;
             }
-        }
-        for part in runs(&equal, usize::MAX, pair_continues) {
-            let mut rest = part;
-            while !rest.is_empty() {
-                let Some((first, pages)) = self.stable.take_run(run_len(rest)) else {
-                    return Ok(());
-                };
-                let (now, later) = rest.split_at(pages as usize);
-                self.found(inside, &mut founding, now, first)?;
-                rest = later;
-            }
+            rest = later;
         }
         if let Some(region) = partner_region.as_deref() {
             self.publish_region(region);
@@ -188,32 +177,56 @@ impl<B: Backing> Scanner<B> {
         Ok(())
     }
 
-    /// Fills pool pages from `first` on with the run's content and maps both sides to them.
-    fn found(
+    /// Compares both sides of each pair, and fills a pool page with what was compared: the copy,
+    /// not the page again. Protection stops writers, but not an exit, which may free the pages of
+    /// either side at any moment; the other side must not be given zeros then.
+    fn fill(
         &mut self,
         inside: &Entered<'_, B>,
-        founding: &mut Founding<'_, B>,
+        partner: &Entered<'_, B>,
         run: &[Pair],
         first: PoolPage,
-    ) -> io::Result<()> {
-        let pool_pages = || (first.0..first.0 + run_len(run)).map(PoolPage);
-        let mut content = [0; PAGE_WORDS];
-        for (pair, pool_page) in run.iter().zip(pool_pages()) {
-            inside.backing().read(pair.page, &mut content);
-            if let Err(error) = self.pool.write(pool_page, &content) {
-                pool_pages().for_each(|page| self.stable.abandon(page));
+    ) -> io::Result<Vec<(Pair, PoolPage)>> {
+        let mut filled = Vec::new();
+        let (mut own, mut other) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
+        for (pair, pool_page) in run.iter().zip((first.0..).map(PoolPage)) {
+            inside.backing().read(pair.page, &mut own);
+            partner.backing().read(pair.partner_page, &mut other);
+            let partner_state = self.items(partner.region.id()).state(pair.partner_page);
+            if own != other || !matches!(partner_state, PageState::Unshared { .. }) {
+                self.stable.abandon(pool_page);
+                self.keep_candidate(inside.region.id(), pair.page, pair.fingerprint);
+                continue;
+            }
+            if let Err(error) = self.pool.write(pool_page, &own) {
+                let taken = filled.iter().map(|&(_, page)| page);
+                let left = (pool_page.0..first.0 + run_len(run)).map(PoolPage);
+                taken.chain(left).for_each(|page| self.stable.abandon(page));
                 return Err(error);
             }
+            filled.push((*pair, pool_page));
         }
-        for (pair, pool_page) in run.iter().zip(pool_pages()) {
+        Ok(filled)
+    }
+
+    /// Makes filled pool pages stable and maps both sides to them.
+    fn found(
+        &mut self,
+        founding: &mut Founding<'_, B>,
+        run: &[(Pair, PoolPage)],
+    ) -> io::Result<()> {
+        for &(pair, pool_page) in run {
             self.stable.insert(pool_page, pair.fingerprint);
         }
-        let own = run[0].page..run[0].page + run_len(run);
-        let partner = run[0].partner_page..run[0].partner_page + run_len(run);
+        let (pair, first) = run[0];
+        let own = pair.page..pair.page + run_len(run);
+        let partner = pair.partner_page..pair.partner_page + run_len(run);
         let shared = self
             .share(&mut founding.partner, founding.partner_id, &partner, first)
             .and_then(|()| self.share(&mut founding.own, founding.id, &own, first));
-        pool_pages().for_each(|page| self.stable.drop_if_unused(page));
+        for &(_, pool_page) in run {
+            self.stable.drop_if_unused(pool_page);
+        }
         shared
     }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`binary`] | the `samepage` binary under test |
 //! | [`server`] | a server process that ends with its test |
+//! | [`guests`] | VMs in a monitor of the test's own process |
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`kvm`] | whether VMs can run here |
 //! | [`tiny_kernel`] | guests of a few bytes |
@@ -14,6 +15,7 @@
 //! None.
 
 pub mod binary;
+pub mod guests;
 pub mod http;
 pub mod kvm;
 pub mod proc;

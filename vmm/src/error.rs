@@ -35,6 +35,14 @@ pub enum MonitorError {
         #[source]
         step: IllegalStep,
     },
+    /// The VM does not run, so there is nobody to ask.
+    #[error("vm {id}: is not running, it is {state}")]
+    NotRunning {
+        /// The VM.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+    },
     /// The VM is on its way out: nothing but waiting for its end makes sense.
     #[error("vm {0}: is ending")]
     Ending(VmId),
@@ -102,6 +110,7 @@ impl MonitorError {
             | MonitorError::AlreadyStarted { .. }
             | MonitorError::StillRunning(_)
             | MonitorError::IllegalStep { .. }
+            | MonitorError::NotRunning { .. }
             | MonitorError::Ending(_)
             | MonitorError::NoKeyboard(_) => ErrorKind::Conflict,
             MonitorError::Config { .. } | MonitorError::WrongDomain { .. } => {

@@ -72,7 +72,9 @@ impl EventLoop {
             .spawn(move || {
                 while !stopping.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
-                        log::error!("event loop: {error}");
+                        // epoll_wait fails only on a broken set: to try again would spin.
+                        log::error!("event loop ends: {error}");
+                        break;
                     }
                 }
             })

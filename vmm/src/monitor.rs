@@ -156,7 +156,7 @@ impl Monitor {
     /// keeps its own reason.
     ///
     /// # Errors
-    /// [`MonitorError::IllegalStep`] when it was never started.
+    /// [`MonitorError::NotRunning`] when it was never started.
     pub fn stop(&self, id: &VmId) -> Result<(), MonitorError> {
         self.find(id)?.stop()
     }
@@ -165,7 +165,7 @@ impl Monitor {
     ///
     /// # Errors
     /// [`MonitorError::NoKeyboard`] when the guest does not listen to its keyboard controller,
-    /// [`MonitorError::IllegalStep`] when it does not run.
+    /// [`MonitorError::NotRunning`].
     pub fn send_ctrl_alt_del(&self, id: &VmId) -> Result<(), MonitorError> {
         self.find(id)?.press_ctrl_alt_del()
     }

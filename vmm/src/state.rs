@@ -117,7 +117,7 @@ impl Step {
             Step::Start => "start",
             Step::Pause => "pause",
             Step::Resume => "resume",
-            Step::End(_) => "end",
+            Step::End(_) => "stop",
         }
     }
 }

@@ -212,16 +212,8 @@ impl Vm {
     pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), MonitorError> {
         let cell = self.lock();
         let Some(machine) = cell.machine.as_ref() else {
-            // Whatever the state, without a machine it says why keys go nowhere.
-            let step = Step::Resume;
-            let step = crate::state::IllegalStep {
-                from: cell.state.clone(),
-                step,
-            };
-            return Err(MonitorError::IllegalStep {
-                id: self.id.clone(),
-                step,
-            });
+            let (id, state) = (self.id.clone(), cell.state.clone());
+            return Err(MonitorError::NotRunning { id, state });
         };
         machine
             .press_ctrl_alt_del()
@@ -239,13 +231,8 @@ impl Vm {
             .wait_while(cell, starting)
             .unwrap_or_else(PoisonError::into_inner);
         if cell.state == VmState::NotStarted {
-            let step = Step::End(EndReason::Stopped);
-            let from = VmState::NotStarted;
-            let step = crate::state::IllegalStep { from, step };
-            return Err(MonitorError::IllegalStep {
-                id: self.id.clone(),
-                step,
-            });
+            let (id, state) = (self.id.clone(), cell.state.clone());
+            return Err(MonitorError::NotRunning { id, state });
         }
         drop(cell);
         self.end(EndReason::Stopped);

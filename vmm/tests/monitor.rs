@@ -236,3 +236,54 @@ fn the_guest_can_start_its_other_vcpus() {
     assert_eq!(lab.end(&vm), EndReason::GuestReset);
     assert_eq!(lab.console(&vm).history(), b"A");
 }
+
+#[test]
+fn memory_beyond_the_mmio_hole_is_the_guests() {
+    if skip() {
+        return;
+    }
+    let high = 0x1_0000_0000_u64;
+    let value = 0x5a17_u64;
+    // movabs $word, %rax; movabs %rax, address
+    let store = |code: Code, word: u64, address: u64| {
+        code.raw(&[0x48, 0xb8])
+            .raw(&word.to_le_bytes())
+            .raw(&[0x48, 0xa3])
+            .raw(&address.to_le_bytes())
+    };
+    // A page directory at 0x10000 maps the fifth GiB; its pointer goes beside the boot ones.
+    let code = store(Code::new(), high | 0x83, 0x1_0000);
+    let code = store(code, 0x1_0003, 0xa000 + 4 * 8);
+    let code = store(code, value, high + 0x1000);
+    // movabs address, %rax; cmp $value, %rax; jne over the report
+    let code = code.raw(&[0x48, 0xa1]).raw(&(high + 0x1000).to_le_bytes());
+    let code = code
+        .raw(&[0x48, 0x3d, 0x17, 0x5a, 0, 0, 0x75, 0x07])
+        .print("!")
+        .reset()
+        .halt();
+    let lab = Lab::new();
+    let mut config = lab.config(&code);
+    config.machine_config.mem_size_mib = 3 * 1024 + 16;
+    let vm = lab.start("vm", config);
+    assert_eq!(lab.end(&vm), EndReason::GuestReset);
+    assert_eq!(lab.console(&vm).history(), b"!");
+}
+
+#[test]
+fn no_pause_of_a_busy_guest_is_lost() {
+    if skip() {
+        return;
+    }
+    let lab = Lab::new();
+    // One guest never leaves guest mode by itself, the other does so all the time.
+    let spinning = lab.run("spinning", &Code::new().spin());
+    // .: in $0x80, %al; jmp .
+    let exiting = lab.run("exiting", &Code::new().raw(&[0xe4, 0x80, 0xeb, 0xfc]));
+    for _ in 0..500 {
+        for vm in [&spinning, &exiting] {
+            lab.monitor.pause(vm).unwrap();
+            lab.monitor.resume(vm).unwrap();
+        }
+    }
+}

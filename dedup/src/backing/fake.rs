@@ -1,7 +1,7 @@
 //! A model of memory for tests: the same trait, no kernel, and a look behind the pages.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{Backing, Pool, Residency};
@@ -22,15 +22,27 @@ pub(crate) enum FakePage {
 
 /// The pool of the model: content by pool page, `None` where nothing was written or all punched.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct FakePool(pub(crate) Arc<Mutex<Vec<Option<Content>>>>);
+pub(crate) struct FakePool {
+    pages: Arc<Mutex<Vec<Option<Content>>>>,
+    /// A region whose exit frees its pages just after the next write to the pool.
+    dying: Arc<Mutex<Option<FakeMemory>>>,
+}
 
 impl FakePool {
     pub(crate) fn content(&self, page: PoolPage) -> Option<Content> {
-        sync::lock(&self.0).get(page.0 as usize).copied().flatten()
+        sync::lock(&self.pages)
+            .get(page.0 as usize)
+            .copied()
+            .flatten()
+    }
+
+    /// Lets a region free its pages in the middle of the next merge.
+    pub(crate) fn free_after_write(&self, dying: FakeMemory) {
+        *sync::lock(&self.dying) = Some(dying);
     }
 
     pub(crate) fn used_pages(&self) -> usize {
-        sync::lock(&self.0).iter().flatten().count()
+        sync::lock(&self.pages).iter().flatten().count()
     }
 }
 
@@ -40,7 +52,7 @@ impl Pool for FakePool {
     }
 
     fn write(&self, page: PoolPage, content: &PageBuf) -> io::Result<()> {
-        let mut pages = sync::lock(&self.0);
+        let mut pages = sync::lock(&self.pages);
         let index = page.0 as usize;
         if pages.len() <= index {
             pages.resize(index + 1, None);
@@ -50,11 +62,16 @@ impl Pool for FakePool {
             "pool page {index} is written to while in use"
         );
         pages[index] = Some(content[0]);
+        drop(pages);
+        let dying = sync::lock(&self.dying).take();
+        if let Some(dying) = dying {
+            dying.free_all();
+        }
         Ok(())
     }
 
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
-        let mut all = sync::lock(&self.0);
+        let mut all = sync::lock(&self.pages);
         for index in first.0..first.0 + pages {
             if let Some(page) = all.get_mut(index as usize) {
                 *page = None;
@@ -75,6 +92,8 @@ pub(crate) struct FakeMemory {
     pub(crate) calls_left: Arc<AtomicU32>,
     /// Writes that the guest makes just before a range is protected.
     racing: Arc<Mutex<Vec<(u32, Content)>>>,
+    /// Its exit has freed its pages: nobody looks at them any more.
+    freed: Arc<AtomicBool>,
 }
 
 impl FakeMemory {
@@ -85,6 +104,7 @@ impl FakeMemory {
             pool: pool.clone(),
             calls_left: Arc::new(AtomicU32::new(u32::MAX)),
             racing: Arc::default(),
+            freed: Arc::default(),
         }
     }
 
@@ -194,7 +214,11 @@ impl Backing for FakeMemory {
                 "swapped without protection"
             );
             let pool_page = first.plus(page - range.start);
-            assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
+            let is_same = self.pool.content(pool_page) == Some(self.content(page));
+            assert!(
+                is_same || self.freed.load(Ordering::Relaxed),
+                "page {page} is changed"
+            );
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
         }
         self.set_protected(range, false);
@@ -221,6 +245,7 @@ impl Backing for FakeMemory {
     }
 
     fn free_all(&self) {
+        self.freed.store(true, Ordering::Relaxed);
         for page in sync::lock(&self.pages).iter_mut() {
             *page = FakePage::Absent;
         }

@@ -305,3 +305,32 @@ fn a_second_exit_of_a_region_does_nothing() {
     );
     assert_eq!(world.shared.stats().slots, 1);
 }
+
+#[test]
+fn a_region_that_frees_its_pages_in_the_middle_of_a_merge_gives_nobody_its_zeros() {
+    for dying in [0, 1] {
+        let mut world = World::new();
+        for region in [0, 1] {
+            world.apply(&Step::Write {
+                region,
+                page: 0,
+                pages: PAGES,
+                content: 3,
+                stride: 1,
+            });
+        }
+        // Calm from the next pass on, in which the pages of both are merged.
+        world.pass();
+        world
+            .pool
+            .free_after_write(world.guests[dying].memory.clone());
+        world.pass();
+        let survivor = &world.guests[1 - dying];
+        for page in 0..PAGES {
+            assert_eq!(
+                survivor.memory.content(page),
+                survivor.expected[page as usize]
+            );
+        }
+    }
+}

@@ -1,8 +1,9 @@
 //! The report port of the pageload guest: counters that it commits one 64-bit value at a time.
 //!
 //! A 32-bit OUT to 0x680 selects a register, one to 0x684 gives the low half of its value, one to
-//! 0x688 gives the high half and commits the whole. One to 0x68c asks for a pause in microseconds. Rejected: printing counters on the console,
-//! which costs the guest an exit per character and the host a parser.
+//! 0x688 gives the high half and commits the whole. One to 0x68c asks for a pause in microseconds.
+//! Rejected: printing counters on the console, which costs the guest an exit per character and the
+//! host a parser.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;

@@ -18,6 +18,15 @@ impl Topology {
         if self.smt && self.vcpus > 1 { 2 } else { 1 }
     }
 
+    /// vCPUs that share a cache: up to level 2 it belongs to a core, above to the package.
+    fn sharers(self, level: u32) -> u32 {
+        if level <= 2 {
+            self.threads_per_core()
+        } else {
+            u32::from(self.vcpus)
+        }
+    }
+
     fn cores(self) -> u32 {
         u32::from(self.vcpus) / self.threads_per_core()
     }
@@ -36,7 +45,8 @@ pub(crate) fn for_vcpu(supported: &CpuId, apic_id: u8, topology: Topology) -> Cp
             0x1 => leaf_1(entry, apic_id, topology),
             0x4 => leaf_4(entry, topology),
             0xb | 0x1f => leaf_b(entry, apic_id, topology),
-            0x8000_001e => entry.eax = u32::from(apic_id),
+            0x8000_001d => leaf_8000_001d(entry, topology),
+            0x8000_001e => leaf_8000_001e(entry, apic_id, topology),
             0x8000_0008 => leaf_8000_0008(entry, topology),
             _ => {}
         }
@@ -67,15 +77,25 @@ fn leaf_4(entry: &mut kvm_cpuid_entry2, topology: Topology) {
     if entry.eax & 0x1f == 0 {
         return;
     }
-    // Caches up to level 2 belong to a core, those above to the package.
-    let sharers = if level <= 2 {
-        topology.threads_per_core()
-    } else {
-        u32::from(topology.vcpus)
-    };
-    let id_fields =
-        (topology.cores().next_power_of_two() - 1) << 26 | (sharers.next_power_of_two() - 1) << 14;
+    let id_fields = (topology.cores().next_power_of_two() - 1) << 26
+        | (topology.sharers(level).next_power_of_two() - 1) << 14;
     entry.eax = entry.eax & 0x3fff | id_fields;
+}
+
+/// Caches (AMD): which vCPUs share each.
+fn leaf_8000_001d(entry: &mut kvm_cpuid_entry2, topology: Topology) {
+    let level = entry.eax >> 5 & 7;
+    if entry.eax & 0x1f != 0 {
+        entry.eax = entry.eax & 0x3fff | (topology.sharers(level) - 1) << 14;
+    }
+}
+
+/// Core and node (AMD): one node.
+fn leaf_8000_001e(entry: &mut kvm_cpuid_entry2, apic_id: u8, topology: Topology) {
+    let threads = topology.threads_per_core();
+    entry.eax = u32::from(apic_id);
+    entry.ebx = ((threads - 1) << 8) | (u32::from(apic_id) / threads);
+    entry.ecx = 0;
 }
 
 /// Extended topology: threads, then cores.
@@ -125,6 +145,8 @@ mod tests {
             leaf(0xb, 0, 0),
             leaf(0xb, 1, 0),
             leaf(0x8000_0008, 0, 0x3030),
+            leaf(0x8000_001d, 3, 3 << 5 | 3),
+            leaf(0x8000_001e, 0, 0),
         ];
         CpuId::from_entries(&leaves).unwrap()
     }
@@ -166,6 +188,17 @@ mod tests {
         assert_eq!(leaf(&cpuid, 4, 0).eax >> 14 & 0xfff, 1);
         assert_eq!(leaf(&cpuid, 4, 1).eax >> 14 & 0xfff, 7);
         assert_eq!(leaf(&cpuid, 4, 1).eax >> 26, 3);
+        assert_eq!(leaf(&cpuid, 0x8000_001d, 3).eax >> 14, 5);
+        let last = for_vcpu(
+            &supported(),
+            5,
+            Topology {
+                vcpus: 6,
+                smt: true,
+            },
+        );
+        let core = leaf(&last, 0x8000_001e, 0);
+        assert_eq!((core.eax, core.ebx), (5, 0x102));
     }
 
     #[test]

@@ -94,7 +94,7 @@ impl Gate {
     }
 
     /// For a vCPU whose guest asked to be held: returns after `time`, or when the order changes.
-    pub(crate) fn sleep(&self, time: Duration) {
+    pub(crate) fn hold(&self, time: Duration) {
         let running = |state: &mut State| state.order == Order::Run;
         drop(
             self.changed
@@ -170,7 +170,7 @@ mod tests {
         assert!(matches!(gate.pass(), Pass::Run | Pass::RunAfterPause));
         let sleeper = gate.clone();
         let thread = std::thread::spawn(move || {
-            sleeper.sleep(Duration::from_secs(3600));
+            sleeper.hold(Duration::from_secs(3600));
             sleeper.pass()
         });
         gate.set(Order::Exit);

@@ -13,6 +13,8 @@ use crate::memory::layout::{
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
+const CR0_NW: u64 = 1 << 29;
+const CR0_CD: u64 = 1 << 30;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
@@ -74,6 +76,8 @@ fn enter_long_mode(sregs: &mut kvm_sregs) {
     sregs.idt.limit = 7;
     sregs.cr3 = PAGE_TABLES_ADDRESS;
     sregs.cr4 |= CR4_PAE;
+    // Caches on: a reset leaves them off, firmware does not.
+    sregs.cr0 &= !(CR0_NW | CR0_CD);
     sregs.cr0 |= CR0_PE | CR0_ET | CR0_PG;
     sregs.efer |= EFER_LME | EFER_LMA;
 }

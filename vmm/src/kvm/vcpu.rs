@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::KvmError;
 use super::cpuid::{Topology, for_vcpu};
@@ -160,6 +160,10 @@ fn handle_kick_signal() -> Result<(), VcpuError> {
 }
 
 fn thread_main(vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform, on_end: &OnEnd) {
+    // The mask is inherited from whoever started the VM.
+    if let Err(error) = unblock_signal(SIGRTMIN()) {
+        log::error!("vcpu thread: cannot unblock the signal that stops it: {error}");
+    }
     // A panic (of a device, most likely) ends this VM and no other.
     let ended = catch_unwind(AssertUnwindSafe(|| run(vcpu, gate, kick, platform)));
     gate.leave();
@@ -189,7 +193,7 @@ fn run(mut vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform) -> 
             Next::Enter => {}
             // Before the gate is looked at: a request that comes later is then not lost.
             Next::Look => armed.clear(),
-            Next::Sleep(time) => gate.sleep(time),
+            Next::Sleep(time) => gate.hold(time),
             Next::End(reason) => return Some(reason),
         }
     }

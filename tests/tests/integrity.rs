@@ -1,0 +1,87 @@
+//! Guests that write into merged pages while the worker merges and unmerges.
+
+use std::time::{Duration, Instant};
+
+use dedup::Run;
+use pageload_workload::Workload;
+use samepage_tests::guests::{
+    PATIENCE, eager_monitor, healthy_report, launch, pageload, wait_verified,
+};
+use samepage_tests::kvm;
+use samepage_tests::wait::wait_until;
+
+#[test]
+fn guests_that_write_into_merged_pages_at_full_speed_never_read_a_wrong_word() {
+    if !kvm::is_present() {
+        return;
+    }
+    let monitor = eager_monitor("writers");
+    let ids = ["a", "b"].map(|id| {
+        let seed = u64::from(id.as_bytes()[0]);
+        launch(&monitor, id, pageload(&Workload::writer(seed), 64))
+    });
+    wait_verified(&monitor, &ids, 1);
+    let written = || -> u64 {
+        let reports = ids.iter().filter_map(|id| healthy_report(&monitor, id));
+        reports.map(|report| report.pages_written).sum()
+    };
+    let before = written();
+    let until = Instant::now() + Duration::from_secs(10);
+    let mut cycles = 0;
+    while Instant::now() < until {
+        wait_until("pages are merged", PATIENCE, || {
+            written();
+            monitor.engine().stats().pages_sharing > 1000
+        });
+        monitor
+            .engine()
+            .set_run(Run::Unmerge)
+            .expect("there is memory");
+        assert_eq!(monitor.engine().stats().pages_shared, 0);
+        monitor
+            .engine()
+            .set_run(Run::Merge)
+            .expect("merging goes on");
+        cycles += 1;
+    }
+    wait_verified(&monitor, &ids, 1);
+    assert!(cycles >= 3, "merged and unmerged {cycles} times only");
+    assert!(
+        written() - before > 10_000,
+        "{} pages written only",
+        written() - before
+    );
+}
+
+#[test]
+fn unmerge_restores_private_memory_of_running_guests_and_leaves_the_pool_empty() {
+    if !kvm::is_present() {
+        return;
+    }
+    let monitor = eager_monitor("unmerge");
+    let ids = ["a", "b", "c"].map(|id| {
+        let seed = u64::from(id.as_bytes()[0]);
+        launch(&monitor, id, pageload(&Workload::quiet(seed), 32))
+    });
+    wait_verified(&monitor, &ids, 1);
+    let deadline = Instant::now() + PATIENCE;
+    assert!(monitor.engine().wait_full_scans(3, deadline));
+    assert!(monitor.engine().stats().pages_sharing > 5000);
+    monitor
+        .engine()
+        .set_run(Run::Unmerge)
+        .expect("there is memory");
+    let stats = monitor.engine().stats();
+    assert_eq!(
+        (stats.pages_shared, stats.pages_sharing, stats.pages_zero),
+        (0, 0, 0)
+    );
+    assert_eq!(stats.pool_bytes, 0);
+    for id in &ids {
+        assert_eq!(
+            monitor.merge_stats(id).expect("it is there").pages_merging,
+            0
+        );
+    }
+    wait_verified(&monitor, &ids, 2);
+}
