@@ -473,7 +473,9 @@ fn clients_that_get_in_each_others_way_leave_nothing_behind() {
         server.done("DELETE", &path, "");
     }
     assert_eq!(server.call("GET", "/merge", "").json(), json!({}));
-    wait_until("the server holds what it held before", STATE_TIME, || {
-        holdings(server.pid()) == before
+    wait_until("the server holds no more than before", STATE_TIME, || {
+        let now = holdings(server.pid());
+        // A connection that was just closed may have been counted before.
+        now.0 == before.0 && now.1 <= before.1
     });
 }

@@ -1,6 +1,6 @@
 //! The command line, as a user sees it: output and exit status.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -262,6 +262,27 @@ fn commands_work_a_vm_from_launch_to_rm() {
     ok(&["rm", "a"]);
     ok(&["rm", "--force", "b"]);
     assert_eq!(ok(&["ps", "--json"]).trim(), "[]");
+}
+
+#[test]
+fn watched_stats_are_a_json_object_a_line_until_nobody_reads() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&["--domain", "ci"]);
+    let mut child = Command::new(binary::samepage())
+        .args(["stats", "--json", "--watch=0.1", "--api-sock"])
+        .arg(server.socket())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        let stats: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(stats["ci"]["pages_sharing"], 0, "{stats}");
+    }
+    drop(lines);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
