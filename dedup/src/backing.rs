@@ -57,6 +57,10 @@ pub(crate) trait Backing: Send + Sync + 'static {
     /// Maps the pool's pages from `first` on over `range`, then wakes its writers.
     fn share(&self, pool: &Self::Pool, range: PageRange, first: PoolPage) -> io::Result<()>;
 
+    /// Drops the private copies over the pool pages that `range` is mapped to, which hold the
+    /// same, then wakes its writers. Costs no VMA, unlike [`Backing::share`].
+    fn uncover(&self, range: PageRange) -> io::Result<()>;
+
     /// Gives back the pages of `range`, which hold zeros, then wakes its writers. `in_pool_vma`
     /// tells that the range is mapped to the pool, where dropping would uncover a pool page.
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()>;

@@ -34,49 +34,55 @@ pub(crate) enum PageState {
 }
 
 /// A page's packed item. The bits beside the state describe the mapping under the page, which
-/// outlives the state: a page that its guest wrote to is private again, yet still lies in a VMA of
-/// the pool, where `MADV_DONTNEED` would bring back whatever that pool page holds by then.
+/// outlives the state: a page that its guest wrote to is private again, yet still lies over a page
+/// of the pool, which `MADV_DONTNEED` would uncover, whatever that pool page holds by then.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Item(u64);
 
 impl Item {
     pub(crate) fn state(self) -> PageState {
-        let (pool, checksum) = (
-            ((self.0 >> POOL_SHIFT) & POOL_MASK) as u32,
-            (self.0 & CHECKSUM_MASK) as u32,
-        );
+        let checksum = (self.0 & CHECKSUM_MASK) as u32;
         match self.0 >> TAG_SHIFT {
             0 => PageState::Untracked,
             1 => PageState::Volatile { checksum },
             2 => PageState::Unshared { checksum },
             3 => PageState::Zero,
-            _ => PageState::Stable(PoolPage(pool)),
+            _ => PageState::Stable(self.pool_page()),
         }
     }
 
+    /// A stable page's item also takes on that pool page as the one under it.
     pub(crate) fn with_state(self, state: PageState) -> Item {
-        let (tag, pool, checksum) = match state {
-            PageState::Untracked => (0, 0, 0),
-            PageState::Volatile { checksum } => (1, 0, checksum),
-            PageState::Unshared { checksum } => (2, 0, checksum),
-            PageState::Zero => (3, 0, 0),
-            PageState::Stable(page) => (4u64, page.0, 0),
+        let (tag, checksum) = match state {
+            PageState::Untracked => (0, 0),
+            PageState::Volatile { checksum } => (1, checksum),
+            PageState::Unshared { checksum } => (2, checksum),
+            PageState::Zero => (3, 0),
+            PageState::Stable(_) => (4u64, 0),
         };
-        let mapping = self.0 & (VMA_START | POOL_VMA);
-        Item(mapping | tag << TAG_SHIFT | u64::from(pool) << POOL_SHIFT | u64::from(checksum))
+        let mapped = match state {
+            PageState::Stable(page) => self.with_pool_page(Some(page)),
+            _ => self,
+        };
+        let mapping = mapped.0 & (VMA_START | POOL_VMA | POOL_MASK << POOL_SHIFT);
+        Item(mapping | tag << TAG_SHIFT | u64::from(checksum))
     }
 
-    /// Whether the page lies in a mapping of the pool.
-    pub(crate) fn in_pool_vma(self) -> bool {
-        self.0 & POOL_VMA != 0
+    /// The page of the pool that the guest page is mapped to, written over or not.
+    pub(crate) fn pool_page_under(self) -> Option<PoolPage> {
+        (self.0 & POOL_VMA != 0).then(|| self.pool_page())
     }
 
-    pub(crate) fn with_pool_vma(self, in_pool: bool) -> Item {
-        Item(if in_pool {
-            self.0 | POOL_VMA
-        } else {
-            self.0 & !POOL_VMA
+    pub(crate) fn with_pool_page(self, under: Option<PoolPage>) -> Item {
+        let rest = self.0 & !(POOL_VMA | POOL_MASK << POOL_SHIFT);
+        Item(match under {
+            Some(page) => rest | POOL_VMA | u64::from(page.0) << POOL_SHIFT,
+            None => rest,
         })
+    }
+
+    fn pool_page(self) -> PoolPage {
+        PoolPage((self.0 >> POOL_SHIFT & POOL_MASK) as u32)
     }
 
     /// Whether a VMA is taken to begin at this page.
@@ -110,13 +116,22 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_packed_comes_back(first in state(), second in state(), pool: bool, start: bool) {
-            let item = Item::default().with_state(first).with_pool_vma(pool).with_vma_start(start);
+        fn what_is_packed_comes_back(
+            first in state(),
+            second in state(),
+            under in proptest::option::of((0..POOL_PAGES_MAX).prop_map(PoolPage)),
+            start: bool,
+        ) {
+            let item = Item::default().with_state(first).with_vma_start(start);
             prop_assert_eq!(item.state(), first);
-            let item = item.with_state(second);
+            let item = item.with_pool_page(under).with_state(second);
             prop_assert_eq!(item.state(), second);
-            prop_assert_eq!(item.in_pool_vma(), pool);
             prop_assert_eq!(item.starts_vma(), start);
+            let expected = match second {
+                PageState::Stable(page) => Some(page),
+                _ => under,
+            };
+            prop_assert_eq!(item.pool_page_under(), expected);
         }
     }
 

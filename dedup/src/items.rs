@@ -64,14 +64,19 @@ impl Items {
     }
 
     pub(crate) fn in_pool_vma(&self, page: u32) -> bool {
-        self.items[page as usize].in_pool_vma()
+        self.pool_page_under(page).is_some()
+    }
+
+    /// The page of the pool that a page is mapped to, written over or not.
+    pub(crate) fn pool_page_under(&self, page: u32) -> Option<PoolPage> {
+        self.items[page as usize].pool_page_under()
     }
 
     /// Whether any page of the range lies in a mapping of the pool.
     pub(crate) fn any_in_pool_vma(&self, range: &PageRange) -> bool {
         self.items[range.start as usize..range.end as usize]
             .iter()
-            .any(|item| item.in_pool_vma())
+            .any(|item| item.pool_page_under().is_some())
     }
 
     pub(crate) fn set_state(&mut self, page: u32, state: PageState) {
@@ -95,13 +100,14 @@ impl Items {
         1 + after - i64::try_from(inside).unwrap_or(i64::MAX)
     }
 
-    /// Records that `range` is now one mapping of its own, of the pool or not.
-    pub(crate) fn remap(&mut self, range: &PageRange, in_pool: bool) {
+    /// Records that `range` is now one mapping of its own, of the pool from `first` on, or of none.
+    pub(crate) fn remap(&mut self, range: &PageRange, first: Option<PoolPage>) {
         let added = self.vmas_added_by_remap(range);
         for page in range.start..range.end {
             let item = &mut self.items[page as usize];
+            let under = first.map(|first| first.plus(page - range.start));
             *item = item
-                .with_pool_vma(in_pool)
+                .with_pool_page(under)
                 .with_vma_start(page == range.start);
         }
         if let Some(next) = self.items.get_mut(range.end as usize) {
@@ -148,7 +154,7 @@ mod tests {
                     _ => PageState::Stable(PoolPage(page)),
                 };
                 items.set_state(page, state);
-                items.remap(&(page..(page + len).min(PAGES)), pool);
+                items.remap(&(page..(page + len).min(PAGES)), pool.then_some(PoolPage(page)));
             }
             let count = |wanted: fn(PageState) -> bool| {
                 u32::try_from((0..PAGES).filter(|&page| wanted(items.state(page))).count()).unwrap()

@@ -9,6 +9,7 @@ use std::io;
 use crate::backing::{Backing, Pool};
 use crate::fingerprint::is_zero;
 use crate::item::PageState;
+use crate::items::Items;
 use crate::page::{PAGE_WORDS, PageRange, PoolPage, range_pages, runs};
 use crate::protected::Protected;
 use crate::region::{Entered, RegionId};
@@ -84,7 +85,7 @@ impl<B: Backing> Scanner<B> {
             }
             protected.drop_zeros(&part, in_pool_vma)?;
             if in_pool_vma {
-                self.remap(id, &part, false);
+                self.remap(id, &part, None);
             }
             self.changes += u64::from(range_pages(&part));
             for page in part {
@@ -116,10 +117,25 @@ impl<B: Backing> Scanner<B> {
                 self.stable.sharers_of(pool_page) > 0 && own == stable
             })
             .collect();
-        for run in runs(&equal, usize::MAX, |a, b| a + 1 == *b) {
-            let part = run[0]..run[0] + run_len(run);
-            let pool_page = first.plus(part.start - range.start);
-            self.share(&mut protected, inside.region.id(), &part, pool_page)?;
+        let id = inside.region.id();
+        let covers = |items: &Items, page: u32| {
+            items.pool_page_under(page) == Some(first.plus(page - range.start))
+        };
+        let items = self.items(id);
+        let equal: Vec<(u32, bool)> = equal
+            .into_iter()
+            .map(|page| (page, covers(items, page)))
+            .collect();
+        for run in runs(&equal, usize::MAX, |a, b| a.0 + 1 == b.0 && a.1 == b.1) {
+            let (page, is_covering) = run[0];
+            let part = page..page + run_len(run);
+            let pool_page = first.plus(page - range.start);
+            if is_covering {
+                protected.uncover(&part)?;
+                self.note_shared(id, &part, pool_page);
+            } else {
+                self.share(&mut protected, id, &part, pool_page)?;
+            }
         }
         Ok(())
     }
@@ -243,14 +259,19 @@ impl<B: Backing> Scanner<B> {
             return Ok(());
         }
         protected.share(&self.pool, part, first)?;
-        self.remap(id, part, true);
+        self.remap(id, part, Some(first));
+        self.note_shared(id, part, first);
+        Ok(())
+    }
+
+    /// Accounts for pages that are mapped to stable pages now.
+    fn note_shared(&mut self, id: RegionId, part: &PageRange, first: PoolPage) {
         for page in part.clone() {
             let pool_page = first.plus(page - part.start);
             self.items(id).set_state(page, PageState::Stable(pool_page));
             self.stable.add_sharer(pool_page);
         }
         self.changes += u64::from(range_pages(part));
-        Ok(())
     }
 }
 

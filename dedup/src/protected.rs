@@ -39,6 +39,14 @@ impl<'a, B: Backing> Protected<'a, B> {
         Ok(())
     }
 
+    /// Drops the private copies of a part of the range, which are equal to the pool pages under
+    /// them, and wakes its writers.
+    pub(crate) fn uncover(&mut self, part: &PageRange) -> io::Result<()> {
+        self.backing.uncover(part.clone())?;
+        self.swapped.push(part.clone());
+        Ok(())
+    }
+
     /// Gives back a part of the range, which holds zeros, and wakes its writers.
     pub(crate) fn drop_zeros(&mut self, part: &PageRange, in_pool_vma: bool) -> io::Result<()> {
         self.backing.drop_zeros(part.clone(), in_pool_vma)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::backing::{Backing, Pool};
 use crate::fingerprint::Fingerprint;
 use crate::items::Items;
-use crate::page::pages_to_bytes;
+use crate::page::{PageRange, PoolPage, pages_to_bytes};
 use crate::region::{Region, RegionId};
 use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
@@ -135,10 +135,10 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Records that `range` of a region is now one mapping of its own.
-    pub(crate) fn remap(&mut self, id: RegionId, range: &crate::page::PageRange, in_pool: bool) {
+    pub(crate) fn remap(&mut self, id: RegionId, range: &PageRange, first: Option<PoolPage>) {
         let items = self.items(id);
         let before = items.vmas();
-        items.remap(range, in_pool);
+        items.remap(range, first);
         let after = items.vmas();
         self.vmas = self.vmas + u64::from(after) - u64::from(before);
     }

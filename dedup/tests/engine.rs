@@ -296,3 +296,24 @@ fn write_and_check(region: &RegionHandle, pages: usize, stop: &AtomicBool, round
         rounds.store(round, Ordering::Relaxed);
     }
 }
+
+#[test]
+fn a_page_that_gets_its_shared_content_back_is_shared_again_without_a_new_mapping() {
+    let engine = engine(Run::Merge);
+    let (one, other) = (region(&engine, 256), region(&engine, 256));
+    fill(&one, 1..=256);
+    fill(&other, 1..=256);
+    let vmas = settle(&engine).vmas;
+    for round in 1..4 {
+        for page in (0..256).step_by(2) {
+            write_word(&one, page, 9, round);
+        }
+        let broken = settle(&engine);
+        assert_eq!(broken.pages_sharing, 128, "{broken:?}");
+        fill(&one, 1..=256);
+        let restored = settle(&engine);
+        assert_eq!((restored.pages_sharing, restored.vmas), (256, vmas));
+        assert_holds(&one, 1..=256);
+        assert_holds(&other, 1..=256);
+    }
+}

@@ -85,6 +85,8 @@ impl Pool for FakePool {
 #[derive(Clone, Debug)]
 pub(crate) struct FakeMemory {
     pages: Arc<Mutex<Vec<FakePage>>>,
+    /// The pool page that each page is mapped to, written over or not.
+    under: Arc<Mutex<Vec<Option<PoolPage>>>>,
     /// Protected and not released pages.
     protected: Arc<Mutex<Vec<bool>>>,
     pool: FakePool,
@@ -100,6 +102,7 @@ impl FakeMemory {
     pub(crate) fn new(pages: u32, pool: &FakePool) -> FakeMemory {
         FakeMemory {
             pages: Arc::new(Mutex::new(vec![FakePage::Absent; pages as usize])),
+            under: Arc::new(Mutex::new(vec![None; pages as usize])),
             protected: Arc::new(Mutex::new(vec![false; pages as usize])),
             pool: pool.clone(),
             calls_left: Arc::new(AtomicU32::new(u32::MAX)),
@@ -220,15 +223,38 @@ impl Backing for FakeMemory {
                 "page {page} is changed"
             );
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
+            sync::lock(&self.under)[page as usize] = Some(pool_page);
         }
         self.set_protected(range, false);
         Ok(())
     }
 
-    fn drop_zeros(&self, range: PageRange, _in_pool_vma: bool) -> io::Result<()> {
+    fn uncover(&self, range: PageRange) -> io::Result<()> {
+        self.call()?;
+        for page in range.clone() {
+            assert!(
+                sync::lock(&self.protected)[page as usize],
+                "uncovered without protection"
+            );
+            let pool_page =
+                sync::lock(&self.under)[page as usize].expect("it is mapped to the pool");
+            assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
+            sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
+        }
+        self.set_protected(range, false);
+        Ok(())
+    }
+
+    fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
         self.call()?;
         for page in range.clone() {
             assert_eq!(self.content(page), 0, "page {page} is dropped and not zero");
+            let under = sync::lock(&self.under)[page as usize].take();
+            assert_eq!(
+                under.is_some(),
+                in_pool_vma,
+                "page {page} shows the pool again"
+            );
             sync::lock(&self.pages)[page as usize] = FakePage::Absent;
         }
         self.set_protected(range, false);

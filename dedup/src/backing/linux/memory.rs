@@ -71,7 +71,7 @@ impl LinuxMemory {
         // SAFETY:
         // - `span` checked that the range lies inside the reserved range, which is ours alone.
         // - The advice given here drops pages that hold zeros or belong to no guest any more
-        //   (`MADV_DONTNEED`), or leaves content as it is (`MADV_POPULATE_WRITE`).
+        //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is (`MADV_POPULATE_WRITE`).
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
     }
 
@@ -123,6 +123,15 @@ impl Backing for LinuxMemory {
     fn share(&self, pool: &LinuxPool, range: PageRange, first: PoolPage) -> io::Result<()> {
         self.remap(&range, Some((pool, first)))?;
         self.wake(&range);
+        Ok(())
+    }
+
+    fn uncover(&self, range: PageRange) -> io::Result<()> {
+        self.advise(&range, libc::MADV_DONTNEED)?;
+        // Not just woken: in a file mapping the kernel keeps the protection of a dropped page as a
+        // marker (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), and its next writer would wait
+        // for ever.
+        self.release(range);
         Ok(())
     }
 
