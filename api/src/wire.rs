@@ -1,5 +1,5 @@
 //! A connection with what hyper does differently from Firecracker's server put right in its bytes:
-//! requests by [`http10`](crate::http10), replies by [`unreadable`](crate::unreadable).
+//! requests by [`http10`](crate::http10), replies by [`unreadable`].
 
 use std::io;
 use std::pin::Pin;
