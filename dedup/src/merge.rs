@@ -41,6 +41,10 @@ impl<B: Backing> Scanner<B> {
             report("found stable pages", id, done);
         }
         for (page, fingerprint) in plan.deferred.drain(..) {
+            // The founding pair's partner may be this very page.
+            if self.items(id).is_merged(page) {
+                continue;
+            }
             match self.stable.find(fingerprint) {
                 Some(pool_page) => plan.stable.push((page, pool_page)),
                 None => self.keep_candidate(id, page, fingerprint),
@@ -176,6 +180,7 @@ impl<B: Backing> Scanner<B> {
             partner_id,
         };
         let mut rest = run;
+        let mut founded = Ok(());
         while !rest.is_empty() {
             let Some((first, pages)) = self.stable.take_run(run_len(rest)) else {
                 break;
@@ -183,14 +188,18 @@ impl<B: Backing> Scanner<B> {
             let (now, later) = rest.split_at(pages as usize);
             let filled = self.fill(inside, partner, now, first)?;
             for part in runs(&filled, usize::MAX, |a, b| pair_continues(&a.0, &b.0)) {
-                self.found(&mut founding, part)?;
+                if founded.is_ok() {
+                    founded = self.found(&mut founding, part);
+                } else {
+                    part.iter().for_each(|&(_, page)| self.stable.abandon(page));
+                }
             }
-            rest = later;
+            rest = if founded.is_ok() { later } else { &[] };
         }
         if let Some(region) = partner_region.as_deref() {
             self.publish_region(region);
         }
-        Ok(())
+        founded
     }
 
     /// Compares both sides of each pair, and fills a pool page with what was compared: the copy,

@@ -250,7 +250,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(4000))]
     #[test]
     fn every_guest_reads_what_it_wrote_and_every_counter_can_be_recounted(
         steps in proptest::collection::vec(step(), 1..60)
@@ -333,4 +333,62 @@ fn a_region_that_frees_its_pages_in_the_middle_of_a_merge_gives_nobody_its_zeros
             );
         }
     }
+}
+
+#[test]
+fn a_page_that_was_somebodys_partner_in_its_own_visit_is_counted_once() {
+    let mut world = World::new();
+    world.register();
+    let write = |region, page, content| {
+        let (pages, stride) = (1, 0);
+        Step::Write {
+            region,
+            page,
+            pages,
+            content,
+            stride,
+        }
+    };
+    let [first, second, last] = [0, 1, 2];
+    world.apply(&write(first, 5, 3));
+    world.apply(&write(second, 0, 3));
+    world.apply(&write(second, 1, 3));
+    world.pass();
+    // The second region's pages find the first's, which has changed: they stay in the index.
+    world.shared.batch(1);
+    world.apply(&write(first, 5, 99));
+    world.shared.batch(1);
+    // The last one leaves when it is next. The pass goes on at the first region, and the second
+    // region's pages meet their own entries.
+    world.apply(&Step::ExitStopped { region: last });
+    world.check_settled();
+}
+
+#[test]
+fn a_merge_that_fails_half_way_leaves_no_page_in_the_pool() {
+    let mut world = World::new();
+    for region in [0, 1] {
+        world.apply(&Step::Write {
+            region,
+            page: 0,
+            pages: 5,
+            content: 3,
+            stride: 1,
+        });
+    }
+    world.pass();
+    // Page 2 changes under the merge, which falls into two parts; mapping the first one fails.
+    world.guests[1].memory.write_before_protection(2, 77);
+    world.guests[1].expected[2] = 77;
+    world.guests[0]
+        .memory
+        .calls_left
+        .store(0, Ordering::Relaxed);
+    world.pass();
+    world.check();
+    world.guests[0]
+        .memory
+        .calls_left
+        .store(u32::MAX, Ordering::Relaxed);
+    world.check_settled();
 }
