@@ -7,7 +7,7 @@
 use std::io;
 
 use crate::backing::{Backing, Pool};
-use crate::fingerprint::is_zero;
+use crate::fingerprint::{Fingerprint, is_zero};
 use crate::item::PageState;
 use crate::items::Items;
 use crate::page::{PAGE_WORDS, PageRange, PoolPage, range_pages, runs};
@@ -218,7 +218,10 @@ impl<B: Backing> Scanner<B> {
             inside.backing().read(pair.page, &mut own);
             partner.backing().read(pair.partner_page, &mut other);
             let partner_state = self.items(partner.region.id()).state(pair.partner_page);
-            if own != other || !matches!(partner_state, PageState::Unshared { .. }) {
+            // Equal pages may both have changed alike: their stable page must not be found by what
+            // they held before.
+            let is_same = own == other && Fingerprint::of(&own) == pair.fingerprint;
+            if !is_same || !matches!(partner_state, PageState::Unshared { .. }) {
                 self.stable.abandon(pool_page);
                 self.keep_candidate(inside.region.id(), pair.page, pair.fingerprint);
                 continue;

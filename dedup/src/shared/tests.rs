@@ -392,3 +392,24 @@ fn a_merge_that_fails_half_way_leaves_no_page_in_the_pool() {
         .store(u32::MAX, Ordering::Relaxed);
     world.check_settled();
 }
+
+#[test]
+fn two_pages_that_change_alike_under_a_merge_do_not_found_a_page_under_their_old_name() {
+    let mut world = World::new();
+    for region in [0, 1] {
+        world.apply(&Step::Write {
+            region,
+            page: 0,
+            pages: 3,
+            content: 3,
+            stride: 1,
+        });
+    }
+    world.pass();
+    for guest in [0, 1] {
+        world.guests[guest].memory.write_before_protection(1, 3);
+        world.guests[guest].expected[1] = 3;
+    }
+    world.pass();
+    world.check_settled();
+}
