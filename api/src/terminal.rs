@@ -78,7 +78,7 @@ impl Keyboard {
         // Not tokio's stdin: a read that never returns must not hold up the end of the process.
         std::thread::Builder::new()
             .name("keyboard".to_owned())
-            .spawn(move || read_keys(has_escape, &pressed))
+            .spawn(move || read_keys(std::io::stdin().lock(), has_escape, &pressed))
             .map_err(CommandError::os("thread for standard input"))?;
         Ok(Keyboard {
             keys,
@@ -99,10 +99,10 @@ impl Keyboard {
     }
 }
 
-fn read_keys(has_escape: bool, pressed: &mpsc::Sender<Key>) {
+/// Reads until the end, or until the user leaves: what is typed after that is for the shell.
+fn read_keys(mut stdin: impl Read, has_escape: bool, pressed: &mpsc::Sender<Key>) {
     let mut prefix = Prefix::default();
     let mut buffer = [0; READ_BYTES];
-    let mut stdin = std::io::stdin().lock();
     loop {
         let length = match stdin.read(&mut buffer) {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
@@ -114,7 +114,8 @@ fn read_keys(has_escape: bool, pressed: &mpsc::Sender<Key>) {
             keys = prefix.split(&buffer[..length]);
         }
         for key in keys {
-            if pressed.blocking_send(key).is_err() {
+            let is_last = key == Key::Escape;
+            if pressed.blocking_send(key).is_err() || is_last {
                 return;
             }
         }
@@ -187,5 +188,17 @@ mod tests {
         assert_eq!(typed(&["a\x01\x01x"]), ("a\x01x".into(), false));
         assert_eq!(typed(&["\x01", "q"]), ("\x01q".into(), false));
         assert_eq!(typed(&["x\x03"]), ("x\x03".into(), false));
+    }
+
+    #[test]
+    fn what_is_typed_after_leaving_is_left_to_the_shell() {
+        // One read returns one piece, as with a terminal.
+        let mut shells = &b"samepage stats\n"[..];
+        let typed = (&b"ls\r"[..]).chain(&b"\x01x"[..]).chain(&mut shells);
+        let (pressed, mut keys) = mpsc::channel(16);
+        read_keys(typed, true, &pressed);
+        assert_eq!(keys.try_recv(), Ok(Key::Bytes(b"ls\r".to_vec())));
+        assert_eq!(keys.try_recv(), Ok(Key::Escape));
+        assert_eq!(shells, b"samepage stats\n");
     }
 }

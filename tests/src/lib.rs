@@ -7,6 +7,7 @@
 //! | [`guest_memory`] | guests' memory, read out of the server for an oracle |
 //! | [`guests`] | VMs in a monitor of the test's own process |
 //! | [`http`] | HTTP as bytes, independent of our own client |
+//! | [`linux`] | the Linux guest and its console |
 //! | [`kvm`] | whether VMs can run here |
 //! | [`tiny_kernel`] | guests of a few bytes |
 //! | [`proc`] | what a process holds: threads, descriptors, mappings, memfd pages |
@@ -20,6 +21,7 @@ pub mod guest_memory;
 pub mod guests;
 pub mod http;
 pub mod kvm;
+pub mod linux;
 pub mod proc;
 pub mod server;
 pub mod tiny_kernel;
