@@ -1,8 +1,9 @@
-//! Samepage's monitor: many KVM microVMs in one process, which is one merge domain.
+//! Samepage's monitor: many KVM microVMs of one merge domain.
 //!
 //! # The problem
-//! Pages can only be shared inside one process: that is what keeps strangers apart. So the VMs
-//! that may share live in one monitor, and the monitor must be what a process per VM would be:
+//! The engine shares pages inside one process. So the VMs that may share live in one monitor, and
+//! the monitor must be what a process per VM would be (several monitors can be in one process;
+//! they share nothing of this crate):
 //! a guest that crashes, spins, floods or lies must not hurt its neighbours, and a VM that ends
 //! must leave nothing behind, at any moment of its life, however it ends.
 //!

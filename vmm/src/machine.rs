@@ -129,7 +129,7 @@ impl Machine {
 
     /// Takes the VM down. Nothing of it is left when this returns, and its memory was handed over.
     ///
-    /// The order is DESIGN 2.3, step 0: vCPUs, then device queues, then every view of the memory,
+    /// The order is ARCHITECTURE.md, section 6, step 0: vCPUs, then device queues, then every view of the memory,
     /// then the memory itself.
     pub(crate) fn tear_down(self, id: &VmId) {
         let Machine {

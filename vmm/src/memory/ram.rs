@@ -99,7 +99,7 @@ impl Ram {
         }
     }
 
-    /// Gives the memory back: unmaps it, or hands it to the merge engine (DESIGN 2.3).
+    /// Gives the memory back: unmaps it, or hands it to the merge engine (ARCHITECTURE.md, section 6).
     ///
     /// # Errors
     /// [`StillInUse`] when a clone of [`Ram::memory`] is left, which is a bug of a device. The
