@@ -21,7 +21,7 @@ pub(crate) enum Residency {
     ZeroPage,
     /// A page of the pool, read and not written to since it was shared.
     Pool,
-    /// Swapped out.
+    /// Swapped out, or just being moved by the kernel.
     Swapped,
 }
 

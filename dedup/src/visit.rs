@@ -72,9 +72,8 @@ impl<B: Backing> Scanner<B> {
                         visited += 1;
                     }
                 }
-                Residency::ZeroPage => self.visit_absent(inside, range),
+                Residency::ZeroPage | Residency::Swapped => self.visit_absent(inside, range),
                 Residency::Pool => visited += crate::page::range_pages(&range),
-                Residency::Swapped => self.visit_swapped(inside, range),
             }
         }
         self.visit_absent(inside, next..window.end);
@@ -82,21 +81,16 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Pages without memory of their own: the engine merged them, or the guest gave them back.
+    ///
+    /// Swapped ones too: they are left alone, as KSM leaves them. A merged page is not taken for
+    /// broken on such a word, because the kernel also says it of a page that it is moving; one
+    /// sharer too many costs a page, one too few would free a page under a guest.
     fn visit_absent(&mut self, inside: &Entered<'_, B>, range: PageRange) {
         let items = self.items(inside.region.id());
         for page in range {
             if !items.is_merged(page) {
                 items.set_state(page, PageState::Untracked);
             }
-        }
-    }
-
-    /// Swapped pages cost no memory and are left alone, as KSM leaves them.
-    fn visit_swapped(&mut self, inside: &Entered<'_, B>, range: PageRange) {
-        for page in range {
-            self.unshared_by_guest(inside.region.id(), page);
-            self.items(inside.region.id())
-                .set_state(page, PageState::Untracked);
         }
     }
 

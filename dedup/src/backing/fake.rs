@@ -94,6 +94,8 @@ pub(crate) struct FakeMemory {
     pub(crate) calls_left: Arc<AtomicU32>,
     /// Writes that the guest makes just before a range is protected.
     racing: Arc<Mutex<Vec<(u32, Content)>>>,
+    /// The kernel moves pages about, and says of each that it is swapped.
+    pub(crate) moving: Arc<AtomicBool>,
     /// Its exit has freed its pages: nobody looks at them any more.
     freed: Arc<AtomicBool>,
 }
@@ -107,6 +109,7 @@ impl FakeMemory {
             pool: pool.clone(),
             calls_left: Arc::new(AtomicU32::new(u32::MAX)),
             racing: Arc::default(),
+            moving: Arc::default(),
             freed: Arc::default(),
         }
     }
@@ -183,6 +186,10 @@ impl Backing for FakeMemory {
         found: &mut Vec<(PageRange, Residency)>,
     ) -> io::Result<()> {
         for page in range {
+            if self.moving.load(Ordering::Relaxed) && self.page(page) != FakePage::Absent {
+                found.push((page..page + 1, Residency::Swapped));
+                continue;
+            }
             // A shared page shows up as absent or as the pool's, by whether it was touched.
             match self.page(page) {
                 FakePage::Private(_) => found.push((page..page + 1, Residency::Private)),

@@ -413,3 +413,27 @@ fn two_pages_that_change_alike_under_a_merge_do_not_found_a_page_under_their_old
     world.pass();
     world.check_settled();
 }
+
+#[test]
+fn a_shared_page_that_the_kernel_is_moving_keeps_its_stable_page() {
+    let mut world = World::new();
+    for region in [0, 1] {
+        world.apply(&Step::Write {
+            region,
+            page: 0,
+            pages: PAGES,
+            content: 3,
+            stride: 1,
+        });
+    }
+    world.check_settled();
+    for guest in &world.guests {
+        guest.memory.moving.store(true, Ordering::Relaxed);
+    }
+    world.pass();
+    for guest in &world.guests {
+        guest.memory.moving.store(false, Ordering::Relaxed);
+    }
+    world.check();
+    world.check_settled();
+}

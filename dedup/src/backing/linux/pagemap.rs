@@ -101,7 +101,12 @@ impl Pagemap {
 fn residency(categories: u64) -> Option<Residency> {
     let has = |category: u32| categories & u64::from(category) != 0;
     if has(PAGE_IS_SWAPPED) {
-        Some(Residency::Swapped)
+        // A page that is being migrated is called swapped as well; the pool's then keep their mark.
+        Some(if has(PAGE_IS_FILE) {
+            Residency::Pool
+        } else {
+            Residency::Swapped
+        })
     } else if !has(PAGE_IS_PRESENT) {
         None
     } else if has(PAGE_IS_PFNZERO) {
@@ -110,5 +115,24 @@ fn residency(categories: u64) -> Option<Residency> {
         Some(Residency::Pool)
     } else {
         Some(Residency::Private)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_page_that_is_being_moved_is_the_pools() {
+        let of = |categories| residency(u64::from(categories));
+        assert_eq!(of(PAGE_IS_SWAPPED | PAGE_IS_FILE), Some(Residency::Pool));
+        assert_eq!(of(PAGE_IS_SWAPPED), Some(Residency::Swapped));
+        assert_eq!(of(PAGE_IS_PRESENT | PAGE_IS_FILE), Some(Residency::Pool));
+        assert_eq!(of(PAGE_IS_PRESENT), Some(Residency::Private));
+        assert_eq!(
+            of(PAGE_IS_PRESENT | PAGE_IS_PFNZERO),
+            Some(Residency::ZeroPage)
+        );
+        assert_eq!(of(0), None);
     }
 }
