@@ -121,7 +121,8 @@ pub struct VmArgs {
     #[arg(long)]
     pub no_merge: bool,
 
-    /// When memory runs out, the VM with the lowest is stopped first [default: 0]
+    /// The lowest is to go first when memory runs out; kept and shown, nothing acts on it yet
+    /// [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub oom_priority: Option<i32>,
 }

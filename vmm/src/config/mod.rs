@@ -147,7 +147,8 @@ pub struct SamepageConfig {
     /// Whether this VM's memory is merged at all.
     #[serde(default = "merge_by_default")]
     pub merge: bool,
-    /// Which VM goes first when memory runs out: the lowest.
+    /// Which VM is to go first when memory runs out: the lowest. Kept and shown; nothing acts on it
+    /// yet.
     #[serde(default)]
     pub oom_priority: i32,
 }
