@@ -14,11 +14,7 @@ pub(crate) struct Fingerprint(pub(crate) u64);
 impl Fingerprint {
     /// The fingerprint of a page's content.
     pub(crate) fn of(page: &PageBuf) -> Fingerprint {
-        let mut bytes = [0u8; size_of::<PageBuf>()];
-        for (chunk, word) in bytes.chunks_exact_mut(8).zip(page) {
-            chunk.copy_from_slice(&word.to_ne_bytes());
-        }
-        Fingerprint(xxh3_64(&bytes))
+        Fingerprint(xxh3_64(bytemuck::bytes_of(page)))
     }
 
     /// The part that a page's item keeps to see whether the page changed between two visits.

@@ -4,7 +4,7 @@ use std::ptr;
 
 use thiserror::Error;
 
-use crate::page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf, bytes_to_pages, pages_to_bytes};
+use crate::page::{PAGE_SIZE_BYTES, PageBuf, bytes_to_pages, pages_to_bytes};
 
 /// Why a range could not be reserved.
 #[derive(Debug, Error)]
@@ -104,7 +104,7 @@ impl Mapping {
             self.pages
         );
         // SAFETY: `page` is in the range, so a whole page from there is mapped and readable.
-        unsafe { copy_page_out(self.address(page).cast(), into) }
+        unsafe { copy_page_out(self.address(page), into) }
     }
 
     /// Address of a page; one past the end is allowed.
@@ -126,22 +126,30 @@ impl Drop for Mapping {
     }
 }
 
-/// Copies a page that others may be writing to, word by word, so that a torn *page* is possible
-/// and a torn or invented *word* is not.
+/// What is loaded at once: the widest load that every x86-64 has.
+type Chunk = std::arch::x86_64::__m128i;
+
+/// Copies a page that others may be writing to, chunk by chunk, so that a torn *page* is possible
+/// and an invented *word* is not. `memcpy` was rejected: to the compiler it is a plain read, which
+/// it may repeat or leave out.
 ///
 /// # Safety
-/// `from` is aligned to 8 bytes and valid for reads of a whole page.
-pub(crate) unsafe fn copy_page_out(from: *const u64, into: &mut PageBuf) {
-    for (index, word) in into.iter_mut().enumerate() {
-        debug_assert!(index < PAGE_WORDS);
-        // SAFETY: `index` is inside the page that the caller vouches for.
-        *word = unsafe { from.wrapping_add(index).read_volatile() };
+/// `from` is aligned to a page and valid for reads of a whole page.
+pub(crate) unsafe fn copy_page_out(from: *const u8, into: &mut PageBuf) {
+    let from = from.cast::<Chunk>();
+    let into = into.as_mut_ptr().cast::<Chunk>();
+    for index in 0..PAGE_SIZE_BYTES / size_of::<Chunk>() {
+        // SAFETY: `index` is inside the page that the caller vouches for, which is aligned.
+        let chunk = unsafe { from.wrapping_add(index).read_volatile() };
+        // SAFETY: `index` is inside `into`, which has the size of a page; no alignment is assumed.
+        unsafe { into.wrapping_add(index).write_unaligned(chunk) };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page::PAGE_WORDS;
 
     #[test]
     fn a_size_that_is_not_whole_pages_is_refused_with_the_value() {

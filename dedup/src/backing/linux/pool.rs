@@ -78,7 +78,7 @@ impl LinuxPool {
 impl Pool for LinuxPool {
     fn read(&self, page: PoolPage, into: &mut PageBuf) {
         // SAFETY: the address is that of a whole page inside the view.
-        unsafe { copy_page_out(self.address(page).cast(), into) }
+        unsafe { copy_page_out(self.address(page), into) }
     }
 
     fn write(&self, page: PoolPage, content: &PageBuf) -> io::Result<()> {
