@@ -93,7 +93,10 @@ impl Control {
         if self.waiters > 0 {
             return Duration::ZERO;
         }
-        Duration::from_millis(u64::from(self.pace.sleep_millisecs)) * (1 << self.idle_level)
+        // A pace without pauses still must not burn a core for nothing.
+        let idle_millisecs = u32::from(self.idle_level > 0);
+        let sleep_millisecs = self.pace.sleep_millisecs.max(idle_millisecs);
+        Duration::from_millis(u64::from(sleep_millisecs)) * (1 << self.idle_level)
     }
 }
 
@@ -117,6 +120,18 @@ mod tests {
         );
         control.note_batch(1, 3);
         assert_eq!(control.pause(), short);
+    }
+
+    #[test]
+    fn a_pace_without_pauses_pauses_when_nothing_changes() {
+        let pace = Pace {
+            pages_to_scan: 1,
+            sleep_millisecs: 0,
+        };
+        let mut control = Control::new(Run::Merge, pace);
+        assert_eq!(control.pause(), Duration::ZERO);
+        control.note_batch(1, 0);
+        assert_eq!(control.pause(), Duration::from_millis(2));
     }
 
     #[test]

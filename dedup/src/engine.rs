@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use crate::backing::linux::{LinuxMemory, LinuxPool, Userfaultfd};
 use crate::control::{Control, Pace, Run};
+use crate::dirty::DirtySource;
 use crate::mapping::Mapping;
 use crate::region::{Region, RegionId};
 use crate::scanner::Scanner;
@@ -86,9 +87,30 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Register`] when the kernel refuses to watch the range; the mapping is gone then.
     pub fn register(&self, mapping: Mapping) -> Result<RegionHandle, EngineError> {
+        self.register_with(mapping, None)
+    }
+
+    /// As [`Engine::register`], with somebody who can tell what was written to: pages are then
+    /// read once they are calm, instead of in each pass.
+    ///
+    /// # Errors
+    /// As [`Engine::register`].
+    pub fn register_watched(
+        &self,
+        mapping: Mapping,
+        source: Box<dyn DirtySource>,
+    ) -> Result<RegionHandle, EngineError> {
+        self.register_with(mapping, Some(source))
+    }
+
+    fn register_with(
+        &self,
+        mapping: Mapping,
+        source: Option<Box<dyn DirtySource>>,
+    ) -> Result<RegionHandle, EngineError> {
         let memory = LinuxMemory::new(mapping, Arc::clone(&self.userfaultfd))
             .map_err(EngineError::Register)?;
-        let region = self.shared.register(memory);
+        let region = self.shared.register(memory, source);
         Ok(RegionHandle {
             shared: Arc::clone(&self.shared),
             region,

@@ -32,7 +32,9 @@
 //! | `region` | a region, its lock, its `exiting` flag | locks |
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
 //! | `scanner` | what the worker mutex guards | state |
-//! | `visit` | one window: what changed, what to merge | policy |
+//! | `visit`, `watched` | one window: what changed, what to merge | policy |
+//! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
+//! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `protected` | protect, compare again, swap, wake | mechanism |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
@@ -57,6 +59,7 @@
 
 mod backing;
 mod control;
+mod dirty;
 mod engine;
 mod fingerprint;
 mod item;
@@ -78,10 +81,13 @@ mod stable;
 mod stats;
 mod sync;
 mod unmerge;
+mod unstable;
 mod visit;
+mod watched;
 mod worker;
 
 pub use control::{Pace, Run};
+pub use dirty::{DirtySource, PageSet};
 pub use engine::{Engine, EngineError, RegionHandle, Settings};
 pub use mapping::{Mapping, MappingError};
 pub use page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};

@@ -10,7 +10,7 @@ use crate::backing::{Backing, Pool};
 use crate::fingerprint::{Fingerprint, is_zero};
 use crate::item::PageState;
 use crate::items::Items;
-use crate::page::{PAGE_WORDS, PageRange, PoolPage, range_pages, runs};
+use crate::page::{PageRange, PoolPage, range_pages, runs};
 use crate::protected::Protected;
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
@@ -39,6 +39,7 @@ impl<B: Backing> Scanner<B> {
         for run in runs(&plan.pairs, RUN_PAGES_MAX, pair_continues) {
             let done = self.merge_pairs(inside, run);
             report("found stable pages", id, done);
+            self.revisit_partners(run);
         }
         for (page, fingerprint) in plan.deferred.drain(..) {
             // The founding pair's partner may be this very page.
@@ -47,6 +48,8 @@ impl<B: Backing> Scanner<B> {
             }
             match self.stable.find(fingerprint) {
                 Some(pool_page) => plan.stable.push((page, pool_page)),
+                // In a watched region it is still pending, and finds the one that was kept.
+                None if self.pending(id).is_some() => {}
                 None => self.keep_candidate(id, page, fingerprint),
             }
         }
@@ -59,6 +62,24 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
+    /// Partners were taken out of the index; those not merged have to be found again, which a
+    /// watched page is only if it counts as not yet tried.
+    fn revisit_partners(&mut self, run: &[Pair]) {
+        for pair in run {
+            // A partner's region may have left since.
+            if self.pending(pair.partner).is_none() {
+                continue;
+            }
+            let items = self.items(pair.partner);
+            let PageState::Unshared { checksum } = items.state(pair.partner_page) else {
+                continue;
+            };
+            items.set_state(pair.partner_page, PageState::Volatile { checksum });
+            let pending = self.pending(pair.partner).into_iter();
+            pending.for_each(|pending| pending.insert(pair.partner_page));
+        }
+    }
+
     fn merge_zeros(&mut self, inside: &Entered<'_, B>, range: PageRange) -> io::Result<()> {
         if inside.is_exiting() {
             return Ok(());
@@ -68,9 +89,9 @@ impl<B: Backing> Scanner<B> {
         let mut protected = Protected::new(inside.backing(), range.clone(), remapped)?;
         let still_zero: Vec<u32> = range
             .filter(|&page| {
-                let mut content = [0; PAGE_WORDS];
-                inside.backing().read(page, &mut content);
-                is_zero(&content)
+                let [content, _] = &mut *self.scratch;
+                inside.backing().read(page, content);
+                is_zero(content)
             })
             .collect();
         let in_pool: Vec<bool> = still_zero
@@ -114,9 +135,9 @@ impl<B: Backing> Scanner<B> {
             .clone()
             .filter(|&page| {
                 let pool_page = first.plus(page - range.start);
-                let (mut own, mut stable) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
-                inside.backing().read(page, &mut own);
-                self.pool.read(pool_page, &mut stable);
+                let [own, stable] = &mut *self.scratch;
+                inside.backing().read(page, own);
+                self.pool.read(pool_page, stable);
                 // Its last sharer may have left it since the window's visit.
                 self.stable.sharers_of(pool_page) > 0 && own == stable
             })
@@ -213,20 +234,20 @@ impl<B: Backing> Scanner<B> {
         first: PoolPage,
     ) -> io::Result<Vec<(Pair, PoolPage)>> {
         let mut filled = Vec::new();
-        let (mut own, mut other) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
         for (pair, pool_page) in run.iter().zip((first.0..).map(PoolPage)) {
-            inside.backing().read(pair.page, &mut own);
-            partner.backing().read(pair.partner_page, &mut other);
             let partner_state = self.items(partner.region.id()).state(pair.partner_page);
+            let [own, other] = &mut *self.scratch;
+            inside.backing().read(pair.page, own);
+            partner.backing().read(pair.partner_page, other);
             // Equal pages may both have changed alike: their stable page must not be found by what
             // they held before.
-            let is_same = own == other && Fingerprint::of(&own) == pair.fingerprint;
+            let is_same = own == other && Fingerprint::of(own) == pair.fingerprint;
             if !is_same || !matches!(partner_state, PageState::Unshared { .. }) {
                 self.stable.abandon(pool_page);
                 self.keep_candidate(inside.region.id(), pair.page, pair.fingerprint);
                 continue;
             }
-            if let Err(error) = self.pool.write(pool_page, &own) {
+            if let Err(error) = self.pool.write(pool_page, own) {
                 let taken = filled.iter().map(|&(_, page)| page);
                 let left = (pool_page.0..first.0 + run_len(run)).map(PoolPage);
                 taken.chain(left).for_each(|page| self.stable.abandon(page));
@@ -268,6 +289,15 @@ impl<B: Backing> Scanner<B> {
     ) -> io::Result<()> {
         let added = self.items(id).vmas_added_by_remap(part);
         if !self.takes_vmas(added, range_pages(part)) {
+            // Left out for good, until it changes: trying again in each pass would cost CPU.
+            for page in part.clone() {
+                let checksum = self
+                    .stable
+                    .fingerprint(first.plus(page - part.start))
+                    .checksum();
+                self.items(id)
+                    .set_state(page, PageState::Unshared { checksum });
+            }
             return Ok(());
         }
         protected.share(&self.pool, part, first)?;

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, RwLock, RwLockReadGuard};
 
 use crate::backing::Backing;
+use crate::dirty::DirtySource;
 use crate::stats::RegionStats;
 use crate::sync;
 
@@ -17,6 +18,7 @@ pub struct RegionId(pub u64);
 pub(crate) struct Region<B> {
     id: RegionId,
     backing: B,
+    source: Option<Box<dyn DirtySource>>,
     exiting: AtomicBool,
     lock: RwLock<()>,
     pub(crate) stats: Mutex<RegionStats>,
@@ -30,10 +32,11 @@ pub(crate) struct Entered<'a, B> {
 }
 
 impl<B: Backing> Region<B> {
-    pub(crate) fn new(id: RegionId, backing: B) -> Region<B> {
+    pub(crate) fn new(id: RegionId, backing: B, source: Option<Box<dyn DirtySource>>) -> Region<B> {
         Region {
             id,
             backing,
+            source,
             exiting: AtomicBool::new(false),
             lock: RwLock::new(()),
             stats: Mutex::default(),
@@ -47,6 +50,11 @@ impl<B: Backing> Region<B> {
     /// The memory itself. Whoever is not on the exit path comes here by [`Region::enter`].
     pub(crate) fn backing(&self) -> &B {
         &self.backing
+    }
+
+    /// Who tells what was written to, if anybody can.
+    pub(crate) fn source(&self) -> Option<&dyn DirtySource> {
+        self.source.as_deref()
     }
 
     /// Takes the region lock for reading, THEN tests the flag. The other way round the region

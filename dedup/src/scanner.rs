@@ -4,19 +4,32 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::backing::{Backing, Pool};
-use crate::fingerprint::Fingerprint;
+use crate::dirty::{PageSet, Watch};
+use crate::item::PageState;
 use crate::items::Items;
-use crate::page::{PageRange, PoolPage, pages_to_bytes};
-use crate::region::{Region, RegionId};
+use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, pages_to_bytes};
+use crate::region::{Entered, Region, RegionId};
 use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
 use crate::sync;
+use crate::unstable::Unstable;
 
 /// A region that the worker has met, with what it knows of its pages.
 #[derive(Debug)]
 pub(crate) struct Attached<B> {
     pub(crate) region: Arc<Region<B>>,
     pub(crate) items: Items,
+    /// For a region whose dirty pages somebody can tell.
+    pub(crate) watch: Option<Watch>,
+}
+
+impl<B> Attached<B> {
+    fn metadata_bytes(&self) -> u64 {
+        let watch = self.watch.as_ref().map_or(0, |watch| {
+            watch.dirty.metadata_bytes() + watch.pending.metadata_bytes()
+        });
+        self.items.metadata_bytes() + watch
+    }
 }
 
 /// The state of scanning.
@@ -24,15 +37,15 @@ pub(crate) struct Attached<B> {
 pub(crate) struct Scanner<B: Backing> {
     pub(crate) pool: B::Pool,
     pub(crate) stable: StablePages,
-    /// Calm pages of this pass by fingerprint. Weak knowledge: their content may change at any
-    /// time, so a partner found here is compared under protection. Emptied after each pass.
-    pub(crate) unstable: HashMap<Fingerprint, (RegionId, u32)>,
+    pub(crate) unstable: Unstable,
     attached: HashMap<RegionId, Attached<B>>,
     vmas: u64,
     vma_budget: u64,
     pages_over_vma_budget: u64,
     pub(crate) pages_scanned: u64,
     pub(crate) full_scans: u64,
+    /// Where pages are copied to, to be hashed and compared.
+    pub(crate) scratch: Box<[PageBuf; 2]>,
     /// Pages that changed their state in this pass: nothing of it means that sleeping is right.
     pub(crate) changes: u64,
 }
@@ -42,13 +55,14 @@ impl<B: Backing> Scanner<B> {
         Scanner {
             pool,
             stable: StablePages::new(),
-            unstable: HashMap::new(),
+            unstable: Unstable::default(),
             attached: HashMap::new(),
             vmas: 0,
             vma_budget: u64::from(vma_budget),
             pages_over_vma_budget: 0,
             pages_scanned: 0,
             full_scans: 0,
+            scratch: Box::new([[0; PAGE_WORDS]; 2]),
             changes: 0,
         }
     }
@@ -59,9 +73,13 @@ impl<B: Backing> Scanner<B> {
         self.attached.entry(region.id()).or_insert_with(|| {
             let items = Items::new(region.backing().pages());
             *vmas += u64::from(items.vmas());
+            let watch = region
+                .source()
+                .map(|_| Watch::new(region.backing().pages()));
             Attached {
                 region: Arc::clone(region),
                 items,
+                watch,
             }
         });
     }
@@ -84,6 +102,55 @@ impl<B: Backing> Scanner<B> {
             .map(|attached| Arc::clone(&attached.region))
     }
 
+    /// Asks a region's source what was written to since the pass before.
+    pub(crate) fn collect_dirty(&mut self, inside: &Entered<'_, B>) {
+        let attached = self.attached.get_mut(&inside.region.id());
+        let watch = attached.and_then(|attached| attached.watch.as_mut());
+        let (Some(watch), Some(source)) = (watch, inside.region.source()) else {
+            return;
+        };
+        if let Err(error) = source.collect(&mut watch.dirty) {
+            log::warn!(
+                "cannot tell the dirty pages of region {}: {error}",
+                inside.region.id().0
+            );
+            watch.dirty.insert_all();
+        }
+    }
+
+    /// The first page from `page` on that a visit could learn something about.
+    pub(crate) fn next_to_visit(&self, id: RegionId, page: u32) -> Option<u32> {
+        match &self.attached.get(&id)?.watch {
+            Some(watch) => watch.next_from(page),
+            None => Some(page),
+        }
+    }
+
+    /// The pages of a watched region that are to be looked at in `window`.
+    pub(crate) fn take_watched(
+        &mut self,
+        id: RegionId,
+        window: PageRange,
+    ) -> Option<Vec<(u32, bool)>> {
+        Some(self.attached.get_mut(&id)?.watch.as_mut()?.take(window))
+    }
+
+    /// The pages of a watched region that are to be tried once they are calm.
+    pub(crate) fn pending(&mut self, id: RegionId) -> Option<&mut PageSet> {
+        Some(&mut self.attached.get_mut(&id)?.watch.as_mut()?.pending)
+    }
+
+    /// Has a page of a watched region looked at again as a dirty one.
+    pub(crate) fn keep_dirty(&mut self, id: RegionId, page: u32) {
+        let watch = self
+            .attached
+            .get_mut(&id)
+            .and_then(|attached| attached.watch.as_mut());
+        if let Some(watch) = watch {
+            watch.dirty.insert(page);
+        }
+    }
+
     /// The items of a region that is attached.
     ///
     /// # Panics
@@ -98,7 +165,12 @@ impl<B: Backing> Scanner<B> {
 
     /// Ends a pass over all regions.
     pub(crate) fn end_pass(&mut self) {
-        self.unstable.clear();
+        let attached = &self.attached;
+        self.unstable.end_pass(|id, page, checksum| {
+            attached.get(&id).is_some_and(|attached| {
+                attached.items.state(page) == PageState::Unshared { checksum }
+            })
+        });
         self.full_scans += 1;
     }
 
@@ -184,15 +256,13 @@ impl<B: Backing> Scanner<B> {
             vma_budget: self.vma_budget,
             ..Stats::default()
         };
-        let unstable_entry_bytes = size_of::<(Fingerprint, (RegionId, u32))>() + 1;
-        let mut metadata_bytes =
-            self.stable.metadata_bytes() + (self.unstable.capacity() * unstable_entry_bytes) as u64;
+        let mut metadata_bytes = self.stable.metadata_bytes() + self.unstable.metadata_bytes();
         for attached in self.attached.values() {
             let counts = attached.items.counts();
             stats.pages_unshared += u64::from(counts.unshared_pages);
             stats.pages_volatile += u64::from(counts.volatile_pages);
             stats.pages_zero += u64::from(counts.zero_pages);
-            metadata_bytes += attached.items.metadata_bytes();
+            metadata_bytes += attached.metadata_bytes();
         }
         stats.metadata_bytes = metadata_bytes;
         stats.pool_bytes = stats.pages_shared * pages_to_bytes(1) as u64;

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::backing::Backing;
 use crate::control::{Control, Run};
+use crate::dirty::DirtySource;
 use crate::page::range_pages;
 use crate::region::{Region, RegionId};
 use crate::ring::{Ring, Unlinked};
@@ -63,9 +64,13 @@ impl<B: Backing> Shared<B> {
     }
 
     /// Puts memory on the ring.
-    pub(crate) fn register(&self, backing: B) -> Arc<Region<B>> {
+    pub(crate) fn register(
+        &self,
+        backing: B,
+        source: Option<Box<dyn DirtySource>>,
+    ) -> Arc<Region<B>> {
         let id = RegionId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let region = Arc::new(Region::new(id, backing));
+        let region = Arc::new(Region::new(id, backing, source));
         sync::lock(&self.ring).enter(id, Arc::clone(&region));
         self.kick();
         region
@@ -144,7 +149,11 @@ impl<B: Backing> Shared<B> {
             return Some(0);
         };
         scanner.attach(&region);
-        let window = page..pages.min(page.saturating_add(WINDOW_PAGES));
+        if page == 0 {
+            scanner.collect_dirty(&inside);
+        }
+        let start = scanner.next_to_visit(id, page).unwrap_or(pages);
+        let window = start..pages.min(start.saturating_add(WINDOW_PAGES));
         let end = window.end;
         let full_pages = range_pages(&window);
         let visited = scanner
@@ -210,8 +219,8 @@ impl<B: Backing> Shared<B> {
             scanner.reclaim();
             self.publish(&scanner);
         }
-        scanner.unstable.clear();
         if failed.is_none() {
+            scanner.unstable.forget_all();
             scanner.full_scans = 0;
         }
         scanner.reclaim();

@@ -65,6 +65,10 @@ impl StablePages {
         self.by_fingerprint.get(&fingerprint).copied()
     }
 
+    pub(crate) fn fingerprint(&self, page: PoolPage) -> Fingerprint {
+        self.pages[page.0 as usize].fingerprint
+    }
+
     pub(crate) fn sharers_of(&self, page: PoolPage) -> u32 {
         self.pages[page.0 as usize].sharers
     }

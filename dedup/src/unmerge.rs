@@ -44,7 +44,13 @@ impl<B: Backing> Scanner<B> {
                 next += 1;
             }
             if merged {
-                inside.backing().unshare(start..next)?;
+                let unshared = inside.backing().unshare(start..next);
+                // How many got their copy before it failed, the pages themselves will tell.
+                if unshared.is_err() {
+                    let pending = self.pending(id).into_iter();
+                    pending.for_each(|pending| (start..next).for_each(|page| pending.insert(page)));
+                }
+                unshared?;
             }
             for page in start..next {
                 self.forget_page(id, page);
@@ -58,5 +64,8 @@ impl<B: Backing> Scanner<B> {
             self.stable.drop_sharer(pool_page);
         }
         self.items(id).set_state(page, PageState::Untracked);
+        self.pending(id)
+            .into_iter()
+            .for_each(|pending| pending.insert(page));
     }
 }

@@ -6,7 +6,7 @@ use std::io;
 use crate::backing::{Backing, Residency};
 use crate::fingerprint::{Fingerprint, is_zero};
 use crate::item::PageState;
-use crate::page::{PAGE_WORDS, PageRange, PoolPage};
+use crate::page::{PageRange, PoolPage};
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 
@@ -41,9 +41,13 @@ impl<B: Backing> Scanner<B> {
         window: PageRange,
     ) -> io::Result<u32> {
         let mut plan = Plan::default();
-        let visited = self.visit(inside, window, &mut plan)?;
+        let visited = match self.take_watched(inside.region.id(), window.clone()) {
+            Some(pages) => self.visit_watched(inside, &pages, &mut plan)?,
+            None => self.visit(inside, window.clone(), &mut plan)?,
+        };
         self.pages_scanned += u64::from(visited);
         self.merge(inside, &mut plan);
+        self.settle_watched(inside, window);
         self.reclaim();
         self.publish_region(inside.region);
         Ok(visited)
@@ -96,9 +100,7 @@ impl<B: Backing> Scanner<B> {
 
     fn visit_private(&mut self, inside: &Entered<'_, B>, page: u32, plan: &mut Plan) {
         let id = inside.region.id();
-        let mut content = [0; PAGE_WORDS];
-        inside.backing().read(page, &mut content);
-        let fingerprint = Fingerprint::of(&content);
+        let (fingerprint, zero) = self.read_page(inside, page);
         let checksum = fingerprint.checksum();
         let before = self.items(id).state(page);
         let calm = match before {
@@ -115,7 +117,25 @@ impl<B: Backing> Scanner<B> {
             return;
         }
         self.changes += u64::from(!matches!(before, PageState::Unshared { .. }));
-        if is_zero(&content) {
+        self.plan_calm(id, page, (fingerprint, zero), plan);
+    }
+
+    /// A page's fingerprint, and whether it holds only zeros.
+    pub(crate) fn read_page(&mut self, inside: &Entered<'_, B>, page: u32) -> (Fingerprint, bool) {
+        let [content, _] = &mut *self.scratch;
+        inside.backing().read(page, content);
+        (Fingerprint::of(content), is_zero(content))
+    }
+
+    /// Finds out what a calm page could be merged with.
+    pub(crate) fn plan_calm(
+        &mut self,
+        id: RegionId,
+        page: u32,
+        (fingerprint, zero): (Fingerprint, bool),
+        plan: &mut Plan,
+    ) {
+        if zero {
             plan.zeros.push(page);
         } else if let Some(pool_page) = self.stable.find(fingerprint) {
             plan.stable.push((page, pool_page));
@@ -127,14 +147,12 @@ impl<B: Backing> Scanner<B> {
     }
 
     fn find_partner(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint, plan: &mut Plan) {
-        let partner = self
+        match self
             .unstable
-            .get(&fingerprint)
-            .copied()
-            .filter(|&other| other != (id, page));
-        match partner {
+            .take(fingerprint)
+            .filter(|&other| other != (id, page))
+        {
             Some((partner, partner_page)) => {
-                self.unstable.remove(&fingerprint);
                 plan.founding.insert(fingerprint);
                 plan.pairs.push(Pair {
                     page,
@@ -149,14 +167,15 @@ impl<B: Backing> Scanner<B> {
 
     /// Leaves a calm page in the unstable index, for a later one to find.
     pub(crate) fn keep_candidate(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint) {
-        self.unstable.insert(fingerprint, (id, page));
+        let watched = self.pending(id).is_some();
+        self.unstable.insert(fingerprint, (id, page), watched);
         let checksum = fingerprint.checksum();
         self.items(id)
             .set_state(page, PageState::Unshared { checksum });
     }
 
     /// Accounts for a guest's write to a page that was shared.
-    fn unshared_by_guest(&mut self, id: RegionId, page: u32) {
+    pub(crate) fn unshared_by_guest(&mut self, id: RegionId, page: u32) {
         if let PageState::Stable(pool_page) = self.items(id).state(page) {
             self.stable.drop_sharer(pool_page);
         }

@@ -23,7 +23,6 @@ use crate::kvm::exit::Platform;
 use crate::kvm::gate::Order;
 use crate::kvm::vcpu::{self, OnEnd, VcpuThreads};
 use crate::kvm::{KvmError, vm};
-use crate::memory::GuestMemory;
 use crate::memory::ram::Ram;
 use crate::start::{self, StartError};
 
@@ -80,14 +79,17 @@ impl Machine {
     ) -> Result<Machine, StartError> {
         let engine = config.samepage.merge.then_some(&host.engine);
         let ram = Ram::new(config.mem_size_bytes(), engine)?;
-        match assemble_over(host, config, outside, ram.memory()) {
-            Ok((vcpus, subscribers, platform, vm)) => Ok(Machine {
-                vcpus,
-                subscribers,
-                platform,
-                vm,
-                ram,
-            }),
+        match assemble_over(host, config, outside, &ram) {
+            Ok((vcpus, subscribers, platform, vm)) => {
+                ram.log_dirty(&vm);
+                Ok(Machine {
+                    vcpus,
+                    subscribers,
+                    platform,
+                    vm,
+                    ram,
+                })
+            }
             Err(error) => {
                 if let Err(leak) = ram.release() {
                     log::error!("vm {}: {leak}", outside.id);
@@ -155,10 +157,11 @@ fn assemble_over(
     host: &Host,
     config: &VmConfig,
     outside: &Outside,
-    memory: &GuestMemory,
+    ram: &Ram,
 ) -> Result<Assembled, StartError> {
+    let memory = ram.memory();
     let entry = start::load(memory, config)?;
-    let vm = Arc::new(vm::create(&host.kvm, memory)?);
+    let vm = Arc::new(vm::create(&host.kvm, memory, ram.wants_dirty_log())?);
     let ports = make_ports(&vm, config, outside)?;
     let mut mmio = MmioBus::new();
     let subscribers = drives::attach(host, config, outside, (&vm, memory, &mut mmio))?;

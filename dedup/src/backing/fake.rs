@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{Backing, Pool, Residency};
+use crate::dirty::{DirtySource, PageSet};
 use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage};
 use crate::sync;
 
@@ -98,6 +99,21 @@ pub(crate) struct FakeMemory {
     pub(crate) moving: Arc<AtomicBool>,
     /// Its exit has freed its pages: nobody looks at them any more.
     freed: Arc<AtomicBool>,
+    /// Pages written to since the source was asked last.
+    written: Arc<Mutex<Vec<u32>>>,
+}
+
+/// Tells what a region of the model was written to.
+#[derive(Debug)]
+pub(crate) struct FakeSource(FakeMemory);
+
+impl DirtySource for FakeSource {
+    fn collect(&self, dirty: &mut PageSet) -> io::Result<()> {
+        for page in sync::lock(&self.0.written).drain(..) {
+            dirty.insert(page);
+        }
+        Ok(())
+    }
 }
 
 impl FakeMemory {
@@ -111,7 +127,13 @@ impl FakeMemory {
             racing: Arc::default(),
             moving: Arc::default(),
             freed: Arc::default(),
+            written: Arc::default(),
         }
+    }
+
+    /// Who tells what was written.
+    pub(crate) fn source(&self) -> Box<dyn DirtySource> {
+        Box::new(FakeSource(self.clone()))
     }
 
     /// A write by the guest.
@@ -121,6 +143,7 @@ impl FakeMemory {
             "a writer would sleep for ever"
         );
         sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
+        sync::lock(&self.written).push(page);
     }
 
     /// Lets the guest write just before anything is protected next.

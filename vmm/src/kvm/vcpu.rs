@@ -254,7 +254,7 @@ mod tests {
         ram.memory()
             .write_slice(&code, GuestAddress(0x10_0000))
             .unwrap();
-        let vm = super::super::vm::create(&kvm, ram.memory()).unwrap();
+        let vm = super::super::vm::create(&kvm, ram.memory(), false).unwrap();
         let topology = Topology {
             vcpus: 2,
             smt: false,

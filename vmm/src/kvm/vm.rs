@@ -1,6 +1,8 @@
 //! A KVM VM: memory, interrupt controllers, timer.
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -12,8 +14,10 @@ const TSS_ADDRESS: usize = 0xfffb_d000;
 
 /// Creates a VM with IOAPIC, PIC, LAPICs and PIT in KVM, and `memory` as its RAM.
 ///
+/// With `logs_dirty` KVM keeps a log of the pages that vCPUs write to.
+///
 /// The VM's descriptor must not outlive the mapping under `memory`.
-pub(crate) fn create(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, KvmError> {
+pub(crate) fn create(kvm: &Kvm, memory: &GuestMemory, logs_dirty: bool) -> Result<VmFd, KvmError> {
     let vm = create_vm(kvm)?;
     vm.set_tss_address(TSS_ADDRESS)
         .map_err(KvmError::of("KVM_SET_TSS_ADDR"))?;
@@ -26,7 +30,7 @@ pub(crate) fn create(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, KvmError> 
     };
     vm.create_pit2(pit)
         .map_err(KvmError::of("KVM_CREATE_PIT2"))?;
-    set_memory(&vm, memory)?;
+    set_memory(&vm, memory, logs_dirty)?;
     Ok(vm)
 }
 
@@ -42,14 +46,19 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     }
 }
 
-fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
+fn set_memory(vm: &VmFd, memory: &GuestMemory, logs_dirty: bool) -> Result<(), KvmError> {
+    let flags = if logs_dirty {
+        KVM_MEM_LOG_DIRTY_PAGES
+    } else {
+        0
+    };
     for (slot, region) in (0..).zip(memory.iter()) {
         let slot = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
             userspace_addr: region.as_ptr().addr() as u64,
-            flags: 0,
+            flags,
         };
         // SAFETY: 1. The range is a region of `memory`, all of it mapped. 2. The mapping outlives
         // the VM (this module's contract; `machine::Machine::tear_down` keeps the order). 3. Ranges

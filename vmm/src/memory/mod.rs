@@ -1,5 +1,6 @@
 //! Guest memory: where it lies for the guest and how the monitor reaches it.
 
+pub(crate) mod dirty_log;
 pub mod layout;
 #[expect(
     unsafe_code,

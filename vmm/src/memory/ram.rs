@@ -1,13 +1,15 @@
 //! A VM's RAM: one host mapping, seen as guest memory, merged or not.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use dedup::{Engine, Mapping, RegionHandle};
+use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 use super::GuestMemory;
+use super::dirty_log::DirtyLog;
 use super::layout::ram_ranges;
 
 /// Errors of [`Ram::new`].
@@ -40,18 +42,11 @@ enum Backing {
     Merged(RegionHandle),
 }
 
-impl Backing {
-    fn mapping(&self) -> &Mapping {
-        match self {
-            Backing::Private(mapping) => mapping,
-            Backing::Merged(region) => region.mapping(),
-        }
-    }
-}
-
 /// The RAM of one VM.
 #[derive(Debug)]
 pub(crate) struct Ram {
+    // Declared, hence dropped, before the memory it tells of.
+    dirty_log: Option<DirtyLog>,
     // Declared, hence dropped, before the mapping it points into.
     memory: GuestMemory,
     backing: Backing,
@@ -70,20 +65,40 @@ impl Ram {
         let size =
             usize::try_from(size_bytes).map_err(|error| RamError::Guest(error.to_string()))?;
         let mapping = Mapping::new(size).map_err(|error| RamError::Map { size_bytes, error })?;
-        let backing = match engine {
-            Some(engine) => Backing::Merged(engine.register(mapping).map_err(RamError::Register)?),
-            None => Backing::Private(mapping),
+        let memory = guest_memory(&mapping)?;
+        let (backing, dirty_log) = match engine {
+            Some(engine) => {
+                let (log, source) = DirtyLog::new(&memory);
+                let region = engine.register_watched(mapping, source);
+                (
+                    Backing::Merged(region.map_err(RamError::Register)?),
+                    Some(log),
+                )
+            }
+            None => (Backing::Private(mapping), None),
         };
-        let memory = guest_memory(backing.mapping())?;
         let probes = memory
             .iter()
-            .map(|region| std::sync::Arc::downgrade(&region.get_mmap()));
+            .map(|region| Arc::downgrade(&region.get_mmap()));
         let probes = probes.collect();
         Ok(Ram {
+            dirty_log,
             memory,
             backing,
             probes,
         })
+    }
+
+    /// Whether the VM's slots must log dirty pages.
+    pub(crate) fn wants_dirty_log(&self) -> bool {
+        self.dirty_log.is_some()
+    }
+
+    /// Tells the merge engine, from now on, what `vm` writes to.
+    pub(crate) fn log_dirty(&self, vm: &Arc<VmFd>) {
+        if let Some(log) = &self.dirty_log {
+            log.attach(vm);
+        }
     }
 
     /// The memory. Clones must be dropped before [`Ram::release`].
@@ -106,10 +121,12 @@ impl Ram {
     /// mapping is then leaked: a dangling pointer in the monitor would be worse.
     pub(crate) fn release(self) -> Result<(), StillInUse> {
         let Ram {
+            dirty_log,
             memory,
             backing,
             probes,
         } = self;
+        drop(dirty_log);
         drop(memory);
         if probes.iter().any(|probe| probe.strong_count() > 0) {
             std::mem::forget(backing);
@@ -166,12 +183,10 @@ mod tests {
         memory
             .write_obj(0x1234_5678_u32, GuestAddress(MMIO_HOLE_END + 4))
             .unwrap();
-        let high = ram
-            .backing
-            .mapping()
-            .as_ptr()
-            .wrapping_add(3 << 30)
-            .wrapping_add(4);
+        let Backing::Private(mapping) = &ram.backing else {
+            panic!("there is no engine");
+        };
+        let high = mapping.as_ptr().wrapping_add(3 << 30).wrapping_add(4);
         assert_eq!(
             memory
                 .get_host_address(GuestAddress(MMIO_HOLE_END + 4))

@@ -1,0 +1,195 @@
+//! What changed since the last look: sets of pages, and who can tell.
+
+use std::fmt::Debug;
+use std::io;
+
+use crate::page::PageRange;
+
+const WORD_BITS: u32 = u64::BITS;
+
+/// A set of pages of one region: one bit for each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageSet {
+    words: Vec<u64>,
+    pages: u32,
+}
+
+impl PageSet {
+    /// An empty set for a region of `pages` pages.
+    pub fn new(pages: u32) -> PageSet {
+        PageSet {
+            words: vec![0; pages.div_ceil(WORD_BITS) as usize],
+            pages,
+        }
+    }
+
+    /// Number of pages of the region.
+    pub fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    /// Adds a page; one past the region's end is left out.
+    pub fn insert(&mut self, page: u32) {
+        if page < self.pages {
+            self.words[(page / WORD_BITS) as usize] |= 1 << (page % WORD_BITS);
+        }
+    }
+
+    /// Adds every page whose bit is set in `words`, the first of which stands for page `first`,
+    /// a multiple of 64. Bits past the region's end are left out.
+    ///
+    /// # Panics
+    /// If `first` is not a multiple of 64.
+    pub fn insert_words(&mut self, first: u32, words: &[u64]) {
+        assert!(
+            first.is_multiple_of(WORD_BITS),
+            "page {first} does not begin a word"
+        );
+        let from = (first / WORD_BITS) as usize;
+        for (mine, theirs) in self.words.iter_mut().skip(from).zip(words) {
+            *mine |= theirs;
+        }
+        self.clear_tail();
+    }
+
+    /// Adds every page of the region.
+    pub fn insert_all(&mut self) {
+        self.words.fill(u64::MAX);
+        self.clear_tail();
+    }
+
+    /// Takes a page out.
+    pub fn remove(&mut self, page: u32) {
+        if page < self.pages {
+            self.words[(page / WORD_BITS) as usize] &= !(1 << (page % WORD_BITS));
+        }
+    }
+
+    /// Whether the page is in the set.
+    pub fn contains(&self, page: u32) -> bool {
+        page < self.pages && self.words[(page / WORD_BITS) as usize] >> (page % WORD_BITS) & 1 == 1
+    }
+
+    /// The first page of the set from `page` on.
+    pub fn next_from(&self, page: u32) -> Option<u32> {
+        if page >= self.pages {
+            return None;
+        }
+        let mut index = page / WORD_BITS;
+        let mut word = self.words[index as usize] & u64::MAX << (page % WORD_BITS);
+        while word == 0 {
+            index += 1;
+            word = *self.words.get(index as usize)?;
+        }
+        Some(index * WORD_BITS + word.trailing_zeros())
+    }
+
+    /// The pages of the set inside `range`, ascending.
+    pub(crate) fn iter_in(&self, range: PageRange) -> impl Iterator<Item = u32> {
+        let mut next = range.start;
+        std::iter::from_fn(move || {
+            let page = self.next_from(next).filter(|&page| page < range.end)?;
+            next = page + 1;
+            Some(page)
+        })
+    }
+
+    /// Bytes that the set takes.
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        (self.words.len() * size_of::<u64>()) as u64
+    }
+
+    fn clear_tail(&mut self) {
+        let used = self.pages % WORD_BITS;
+        if let Some(last) = self.words.last_mut().filter(|_| used != 0) {
+            *last &= (1 << used) - 1;
+        }
+    }
+}
+
+/// Tells which pages of a region were written to: a hypervisor's dirty log, for one.
+///
+/// With a source the engine reads a page only after it was left alone for an interval, and reads
+/// it once. Without one it reads every page in every pass and compares checksums, as KSM does.
+pub trait DirtySource: Debug + Send + Sync + 'static {
+    /// Adds every page written to since the call before, by anybody, to `dirty`. The first call
+    /// may leave out what was written before it.
+    ///
+    /// # Errors
+    /// When the source cannot tell; the engine then takes every page to be dirty.
+    fn collect(&self, dirty: &mut PageSet) -> io::Result<()>;
+}
+
+/// A watched region's pages that are to be looked at.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    /// Written to since the last look.
+    pub(crate) dirty: PageSet,
+    /// Not merged and not known to be alone: to be tried once they are calm.
+    pub(crate) pending: PageSet,
+}
+
+impl Watch {
+    /// Everything is to be looked at.
+    pub(crate) fn new(pages: u32) -> Watch {
+        let mut pending = PageSet::new(pages);
+        pending.insert_all();
+        Watch {
+            dirty: PageSet::new(pages),
+            pending,
+        }
+    }
+
+    /// The first page to be looked at from `page` on.
+    pub(crate) fn next_from(&self, page: u32) -> Option<u32> {
+        let (dirty, pending) = (self.dirty.next_from(page), self.pending.next_from(page));
+        dirty.into_iter().chain(pending).min()
+    }
+
+    /// Pages of `window` to be looked at, and whether each is dirty. They are not dirty any more.
+    pub(crate) fn take(&mut self, window: PageRange) -> Vec<(u32, bool)> {
+        let mut pages = Vec::new();
+        let mut next = window.start;
+        while let Some(page) = self.next_from(next).filter(|&page| page < window.end) {
+            pages.push((page, self.dirty.contains(page)));
+            self.dirty.remove(page);
+            next = page + 1;
+        }
+        pages
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    proptest! {
+        #[test]
+        fn a_page_set_is_a_set(
+            steps in proptest::collection::vec((0..5u8, 0..200u32, any::<u64>()), 1..60),
+            pages in 1..200u32,
+            from in 0..220u32,
+        ) {
+            let mut set = PageSet::new(pages);
+            let mut model = BTreeSet::new();
+            for (kind, page, bits) in steps {
+                match kind {
+                    0 => { set.insert(page); model.extend((page < pages).then_some(page)); }
+                    1 => { set.remove(page); model.remove(&page); }
+                    2 => { set.insert_all(); model.extend(0..pages); }
+                    _ => {
+                        let first = page / 64 * 64;
+                        set.insert_words(first, &[bits]);
+                        let added = (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| first + bit);
+                        model.extend(added.filter(|&page| page < pages));
+                    }
+                }
+            }
+            prop_assert_eq!(set.iter_in(0..pages).collect::<BTreeSet<_>>(), model.clone());
+            prop_assert_eq!(set.next_from(from), model.range(from..).next().copied());
+            prop_assert!((0..pages).all(|page| set.contains(page) == model.contains(&page)));
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Calm pages that found no equal yet, by fingerprint: KSM's unstable tree, as a hash index.
+//!
+//! Weak knowledge: the content may change at any time, so a partner found here is compared under
+//! protection. A page of a region without a dirty source is known for one pass only; a page of a
+//! watched region until it is written to, which shows in its item.
+
+use std::collections::HashMap;
+
+use crate::fingerprint::Fingerprint;
+use crate::region::RegionId;
+
+/// Entries that may be stale before it is worth looking for them.
+const STALE_ENTRIES_MIN: usize = 4096;
+
+type Entries = HashMap<Fingerprint, (RegionId, u32)>;
+
+/// The index.
+#[derive(Debug, Default)]
+pub(crate) struct Unstable {
+    /// Of regions without a source; emptied after each pass.
+    passing: Entries,
+    /// Of watched regions.
+    lasting: Entries,
+    /// Size of `lasting` when it was last freed of stale entries.
+    lasting_fresh: usize,
+}
+
+impl Unstable {
+    /// Takes the page with this fingerprint out.
+    pub(crate) fn take(&mut self, fingerprint: Fingerprint) -> Option<(RegionId, u32)> {
+        self.lasting
+            .remove(&fingerprint)
+            .or_else(|| self.passing.remove(&fingerprint))
+    }
+
+    /// Puts a page in, in place of an older one of the same fingerprint.
+    pub(crate) fn insert(
+        &mut self,
+        fingerprint: Fingerprint,
+        page: (RegionId, u32),
+        watched: bool,
+    ) {
+        let entries = if watched {
+            &mut self.lasting
+        } else {
+            &mut self.passing
+        };
+        entries.insert(fingerprint, page);
+    }
+
+    /// Ends a pass. `is_valid` tells whether a page is still calm and alone, by its item.
+    pub(crate) fn end_pass(&mut self, is_valid: impl Fn(RegionId, u32, u32) -> bool) {
+        self.passing.clear();
+        if self.lasting.len() > 2 * self.lasting_fresh + STALE_ENTRIES_MIN {
+            self.lasting
+                .retain(|fingerprint, &mut (id, page)| is_valid(id, page, fingerprint.checksum()));
+            self.lasting_fresh = self.lasting.len();
+        }
+    }
+
+    /// Forgets every page.
+    pub(crate) fn forget_all(&mut self) {
+        *self = Unstable::default();
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        let entry_bytes = size_of::<(Fingerprint, (RegionId, u32))>() + 1;
+        ((self.passing.capacity() + self.lasting.capacity()) * entry_bytes) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_without_a_source_are_known_for_one_pass() {
+        let mut unstable = Unstable::default();
+        unstable.insert(Fingerprint(1), (RegionId(1), 1), false);
+        unstable.insert(Fingerprint(2), (RegionId(2), 2), true);
+        unstable.end_pass(|_, _, _| true);
+        assert_eq!(unstable.take(Fingerprint(1)), None);
+        assert_eq!(unstable.take(Fingerprint(2)), Some((RegionId(2), 2)));
+        assert_eq!(unstable.take(Fingerprint(2)), None);
+    }
+
+    #[test]
+    fn stale_entries_do_not_pile_up() {
+        let mut unstable = Unstable::default();
+        for number in 0..10 * STALE_ENTRIES_MIN as u64 {
+            unstable.insert(Fingerprint(number), (RegionId(1), 1), true);
+            unstable.end_pass(|_, _, _| false);
+        }
+        assert!(unstable.lasting.len() <= STALE_ENTRIES_MIN + 1);
+    }
+}

@@ -1,0 +1,119 @@
+//! One window of a watched region: only what was written to, or not yet tried, is looked at.
+
+use std::io;
+
+use crate::backing::{Backing, Residency};
+use crate::item::PageState;
+use crate::page::PageRange;
+use crate::region::Entered;
+use crate::scanner::Scanner;
+use crate::visit::Plan;
+
+impl<B: Backing> Scanner<B> {
+    /// Visits pages, each with whether it is dirty. A dirty page is not read: it is given an
+    /// interval to calm down. One that is not has been calm for an interval, is read once and
+    /// planned. Returns the pages visited.
+    pub(crate) fn visit_watched(
+        &mut self,
+        inside: &Entered<'_, B>,
+        pages: &[(u32, bool)],
+        plan: &mut Plan,
+    ) -> io::Result<u32> {
+        let (Some(first), Some(last)) = (pages.first(), pages.last()) else {
+            return Ok(0);
+        };
+        let mut found = Vec::new();
+        let known = inside.backing().residency(first.0..last.0 + 1, &mut found);
+        if let Err(error) = known {
+            pages
+                .iter()
+                .for_each(|&(page, _)| self.keep_dirty(inside.region.id(), page));
+            return Err(error);
+        }
+        let mut found = found.into_iter().peekable();
+        for &(page, dirty) in pages {
+            if inside.is_exiting() {
+                break;
+            }
+            while found.next_if(|(range, _)| range.end <= page).is_some() {}
+            let residency = found.peek().filter(|(range, _)| range.contains(&page));
+            let residency = residency.map(|&(_, residency)| residency);
+            if dirty {
+                self.visit_dirty(inside, page, residency);
+            } else {
+                self.visit_calm(inside, page, residency, plan);
+            }
+        }
+        Ok(u32::try_from(pages.len()).unwrap_or(u32::MAX))
+    }
+
+    fn visit_dirty(&mut self, inside: &Entered<'_, B>, page: u32, residency: Option<Residency>) {
+        let id = inside.region.id();
+        match residency {
+            Some(Residency::Private) => {
+                self.unshared_by_guest(id, page);
+                let before = self.items(id).state(page);
+                self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
+                self.items(id)
+                    .set_state(page, PageState::Volatile { checksum: 0 });
+                self.pending(id)
+                    .into_iter()
+                    .for_each(|pending| pending.insert(page));
+            }
+            // Swapped, or being moved: nobody can tell yet.
+            Some(Residency::Swapped) => self.keep_dirty(id, page),
+            // The write came before the merge, and was compared with the rest.
+            _ if self.items(id).is_merged(page) => {}
+            _ => {
+                self.items(id).set_state(page, PageState::Untracked);
+                self.pending(id)
+                    .into_iter()
+                    .for_each(|pending| pending.remove(page));
+            }
+        }
+    }
+
+    fn visit_calm(
+        &mut self,
+        inside: &Entered<'_, B>,
+        page: u32,
+        residency: Option<Residency>,
+        plan: &mut Plan,
+    ) {
+        let id = inside.region.id();
+        if self.items(id).is_merged(page) && residency != Some(Residency::Private) {
+            return;
+        }
+        if residency == Some(Residency::Swapped) {
+            self.keep_dirty(id, page);
+        }
+        if residency == Some(Residency::Private) {
+            // A merged page that is private was given its copy by an unmerge that failed.
+            self.unshared_by_guest(id, page);
+            self.changes += 1;
+            let read = self.read_page(inside, page);
+            let checksum = read.0.checksum();
+            self.items(id)
+                .set_state(page, PageState::Volatile { checksum });
+            self.plan_calm(id, page, read, plan);
+        } else {
+            self.items(id).set_state(page, PageState::Untracked);
+        }
+    }
+
+    /// Takes pages that were merged, or found to be alone or absent, off the list of those to try.
+    pub(crate) fn settle_watched(&mut self, inside: &Entered<'_, B>, window: PageRange) {
+        let id = inside.region.id();
+        let tried: Vec<u32> = match self.pending(id) {
+            Some(pending) => pending.iter_in(window).collect(),
+            None => return,
+        };
+        for page in tried {
+            if !matches!(self.items(id).state(page), PageState::Volatile { .. }) {
+                self.pending(id)
+                    .into_iter()
+                    .for_each(|pending| pending.remove(page));
+            }
+        }
+    }
+}
