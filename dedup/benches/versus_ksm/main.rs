@@ -1,0 +1,196 @@
+//! Our engine beside kernel KSM over the same memory: `cargo bench -p dedup --bench versus_ksm`.
+//!
+//! Needs root. Every KSM setting is restored at the end.
+#![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
+
+mod measure;
+mod peer;
+mod random;
+mod report;
+mod workload;
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use measure::Figures;
+use peer::{Ksm, Off, Peer, Samepage};
+use report::Report;
+use workload::Workload;
+
+const MIB_PAGES: usize = 256;
+
+/// What the command line asks for.
+struct Options {
+    json: Option<PathBuf>,
+    rounds: usize,
+    only: Option<String>,
+    quick: bool,
+}
+
+fn options() -> Result<Options, String> {
+    let mut options = Options {
+        json: None,
+        rounds: 3,
+        only: None,
+        quick: false,
+    };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut value = |name: &str| words.next().ok_or(format!("{name}: a value is missing"));
+        match word.as_str() {
+            "--bench" => {}
+            "--json" => options.json = Some(PathBuf::from(value("--json")?)),
+            "--rounds" => {
+                let text = value("--rounds")?;
+                options.rounds = text
+                    .parse()
+                    .map_err(|_| format!("--rounds: {text} is no count"))?;
+            }
+            "--only" => options.only = Some(value("--only")?),
+            "--quick" => options.quick = true,
+            other => {
+                return Err(format!(
+                    "{other}: unknown (--json FILE, --rounds N, --only WORKLOAD, --quick)"
+                ));
+            }
+        }
+    }
+    Ok(options)
+}
+
+/// One workload at one size.
+struct Case {
+    name: &'static str,
+    measure: Measure,
+    workload: Workload,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Measure {
+    Merge,
+    Calm,
+    Churn,
+    Unmerge,
+    Exit,
+}
+
+fn cases(quick: bool) -> Vec<Case> {
+    let scale = if quick { 4 } else { 1 };
+    let (few, many) = ((2, 256 * MIB_PAGES / scale), (16, 128 * MIB_PAGES / scale));
+    let case = |name, measure, workload| Case {
+        name,
+        measure,
+        workload,
+    };
+    vec![
+        case(
+            "clones.2x256",
+            Measure::Merge,
+            Workload::clones(few.0, few.1),
+        ),
+        case(
+            "clones.16x128",
+            Measure::Merge,
+            Workload::clones(many.0, many.1),
+        ),
+        case(
+            "shuffled.2x64",
+            Measure::Merge,
+            Workload::shuffled(2, 64 * MIB_PAGES / scale),
+        ),
+        case(
+            "shuffled.16x12",
+            Measure::Merge,
+            Workload::shuffled(16, 12 * MIB_PAGES / scale),
+        ),
+        case("image.2x256", Measure::Merge, Workload::image(few.0, few.1)),
+        case(
+            "image.16x128",
+            Measure::Merge,
+            Workload::image(many.0, many.1),
+        ),
+        case(
+            "calm",
+            Measure::Calm,
+            Workload::clones(8, 64 * MIB_PAGES / scale),
+        ),
+        case(
+            "churn",
+            Measure::Churn,
+            Workload::clones(4, 64 * MIB_PAGES / scale),
+        ),
+        case(
+            "unmerge",
+            Measure::Unmerge,
+            Workload::clones(4, 64 * MIB_PAGES / scale),
+        ),
+        case(
+            "exit",
+            Measure::Exit,
+            Workload::clones(6, 128 * MIB_PAGES / scale),
+        ),
+    ]
+}
+
+fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
+    let merged = measure::merge(peer, &case.workload.oracle())?;
+    let window = Duration::from_secs(if quick { 2 } else { 8 });
+    match case.measure {
+        Measure::Merge => Ok(merged),
+        Measure::Calm => measure::calm(peer, &case.workload, window),
+        Measure::Churn => Ok(measure::churn(
+            Some(peer),
+            &peer.region_starts(),
+            &case.workload,
+            window,
+        )),
+        Measure::Unmerge => measure::unmerge(peer),
+        Measure::Exit => Ok(measure::exit(peer, 4)),
+    }
+}
+
+fn bench(options: &Options) -> io::Result<()> {
+    let mut report = Report::default();
+    for case in cases(options.quick) {
+        if options
+            .only
+            .as_ref()
+            .is_some_and(|only| !case.name.starts_with(only.as_str()))
+        {
+            continue;
+        }
+        for round in 0..options.rounds {
+            eprintln!("{} round {}/{}", case.name, round + 1, options.rounds);
+            let ours = run(&case, &mut Samepage::new(&case.workload)?, options.quick)?;
+            report.add(case.name, "samepage", ours);
+            let ksm = run(&case, &mut Ksm::new(&case.workload)?, options.quick)?;
+            report.add(case.name, "ksm", ksm);
+            if case.measure == Measure::Churn {
+                let off = Off::new(&case.workload)?;
+                let window = Duration::from_secs(if options.quick { 2 } else { 8 });
+                let figures = measure::churn(None, &off.region_starts(), &case.workload, window);
+                report.add(case.name, "off", figures);
+            }
+        }
+        report.print(case.name);
+    }
+    options
+        .json
+        .as_ref()
+        .map_or(Ok(()), |path| report.write(path))
+}
+
+fn main() -> ExitCode {
+    let outcome = options()
+        .map_err(io::Error::other)
+        .and_then(|options| bench(&options));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("versus_ksm: error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
