@@ -194,9 +194,9 @@ impl<B: Backing> Scanner<B> {
         let wanted = self.vmas.saturating_add_signed(added);
         let percent = wanted.saturating_mul(100) / self.vma_budget.max(1);
         let run_pages_min = match percent {
-            0..50 => 1,
-            50..75 => 2,
-            75..90 => 8,
+            0..75 => 1,
+            75..90 => 2,
+            90..97 => 8,
             _ => 32,
         };
         let allowed = added <= 0 || (wanted <= self.vma_budget && pages >= run_pages_min);

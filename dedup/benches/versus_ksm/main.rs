@@ -1,6 +1,6 @@
 //! Our engine beside kernel KSM over the same memory: `cargo bench -p dedup --bench versus_ksm`.
 //!
-//! Needs root. Every KSM setting is restored at the end.
+//! Needs root. Every KSM setting, and `vm.max_map_count`, is restored at the end.
 #![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
 
 mod measure;
@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use measure::Figures;
-use peer::{Ksm, Off, Peer, Samepage};
+use peer::{Ksm, MaxMapCount, Off, Peer, Samepage};
 use report::Report;
 use workload::Workload;
 
@@ -140,18 +140,14 @@ fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
     match case.measure {
         Measure::Merge => Ok(merged),
         Measure::Calm => measure::calm(peer, &case.workload, window),
-        Measure::Churn => Ok(measure::churn(
-            Some(peer),
-            &peer.region_starts(),
-            &case.workload,
-            window,
-        )),
+        Measure::Churn => measure::churn(Some(peer), &peer.region_starts(), &case.workload, window),
         Measure::Unmerge => measure::unmerge(peer),
         Measure::Exit => Ok(measure::exit(peer, 4)),
     }
 }
 
 fn bench(options: &Options) -> io::Result<()> {
+    let _raised = MaxMapCount::raise()?;
     let mut report = Report::default();
     for case in cases(options.quick) {
         if options
@@ -170,7 +166,7 @@ fn bench(options: &Options) -> io::Result<()> {
             if case.measure == Measure::Churn {
                 let off = Off::new(&case.workload)?;
                 let window = Duration::from_secs(if options.quick { 2 } else { 8 });
-                let figures = measure::churn(None, &off.region_starts(), &case.workload, window);
+                let figures = measure::churn(None, &off.region_starts(), &case.workload, window)?;
                 report.add(case.name, "off", figures);
             }
         }
@@ -185,7 +181,7 @@ fn bench(options: &Options) -> io::Result<()> {
 fn main() -> ExitCode {
     let outcome = options()
         .map_err(io::Error::other)
-        .and_then(|options| bench(&options));
+        .and_then(|options| measure::end_by_signals().and_then(|()| bench(&options)));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +28,26 @@ fn float_signed(count: i64) -> f64 {
     count as f64
 }
 
+/// Set by a signal.
+static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// Lets SIGINT and SIGTERM end the measurement in hand instead of the process, so that kernel
+/// KSM gets its settings back.
+pub(crate) fn end_by_signals() -> io::Result<()> {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&INTERRUPTED))?;
+    }
+    Ok(())
+}
+
+/// An error once a signal came.
+pub(crate) fn go_on() -> io::Result<()> {
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        return Err(io::Error::other("interrupted"));
+    }
+    Ok(())
+}
+
 /// Lets time pass. What is measured is what an engine does in it, so there is no condition.
 fn wait_for(time: Duration) {
     thread::sleep(time);
@@ -38,6 +60,7 @@ pub(crate) fn merge(peer: &mut dyn Peer, oracle: &Oracle) -> io::Result<Figures>
     peer.start()?;
     let until = begun + Duration::from_secs(MERGE_SECONDS_MAX);
     while peer.progress()?.given_back_pages < target && Instant::now() < until {
+        go_on()?;
         wait_for(Duration::from_micros(500));
     }
     let wall_s = begun.elapsed().as_secs_f64();
@@ -81,10 +104,10 @@ pub(crate) fn calm(
             workload,
             pages * per_mille / 1000,
             Duration::from_secs(3),
-        );
+        )?;
         let before_ns = peer.cpu_ns()?;
         let begun = Instant::now();
-        dirty(peer, workload, pages * per_mille / 1000, window);
+        dirty(peer, workload, pages * per_mille / 1000, window)?;
         let cpu_s = float(peer.cpu_ns()? - before_ns) / 1e9;
         let per_gib = cpu_s / begun.elapsed().as_secs_f64() / gib;
         figures.insert(format!("rest_cpu_per_gib.{name}"), per_gib);
@@ -93,13 +116,19 @@ pub(crate) fn calm(
 }
 
 /// Writes to `pages_per_s` random pages each second, spread evenly.
-fn dirty(peer: &dyn Peer, workload: &Workload, pages_per_s: usize, window: Duration) {
+fn dirty(
+    peer: &dyn Peer,
+    workload: &Workload,
+    pages_per_s: usize,
+    window: Duration,
+) -> io::Result<()> {
     const SLICES_PER_S: u32 = 50;
     let starts = peer.region_starts();
     let mut random = Random::new(3);
     let begun = Instant::now();
     let mut slice = 0;
     while begun.elapsed() < window {
+        go_on()?;
         for _ in 0..pages_per_s / SLICES_PER_S as usize {
             let region = random.below(starts.len());
             let page = random.below(workload.regions[region].len());
@@ -114,6 +143,7 @@ fn dirty(peer: &dyn Peer, workload: &Workload, pages_per_s: usize, window: Durat
         slice += 1;
         wait_for((Duration::from_secs(1) / SLICES_PER_S * slice).saturating_sub(begun.elapsed()));
     }
+    Ok(())
 }
 
 /// Latency of writes to a tenth of the pages, for ever rewritten, in microseconds.
@@ -122,7 +152,7 @@ pub(crate) fn churn(
     starts: &[*mut u64],
     workload: &Workload,
     window: Duration,
-) -> Figures {
+) -> io::Result<Figures> {
     let mut latencies_ns: Vec<u64> = Vec::with_capacity(1 << 22);
     let begun = Instant::now();
     let mut round = 0;
@@ -141,17 +171,18 @@ pub(crate) fn churn(
                 break 'measured;
             }
         }
+        go_on()?;
         wait_for(Duration::from_millis(20));
     }
     latencies_ns.sort_unstable();
     let at = |per_mille: usize| {
         float(latencies_ns[(latencies_ns.len() - 1) * per_mille / 1000]) / 1000.0
     };
-    Figures::from([
+    Ok(Figures::from([
         ("write_latency_us.p50".to_owned(), at(500)),
         ("write_latency_us.p99".to_owned(), at(990)),
         ("write_latency_us.p999".to_owned(), at(999)),
-    ])
+    ]))
 }
 
 /// How fast everything becomes private again.

@@ -182,6 +182,32 @@ impl Peer for Samepage {
 
 const KSM: &str = "/sys/kernel/mm/ksm";
 
+/// How many VMAs a process may have: raised while it lives, put back on drop. A shuffled workload
+/// takes one for each page.
+pub(crate) struct MaxMapCount(String);
+
+impl MaxMapCount {
+    const PATH: &str = "/proc/sys/vm/max_map_count";
+
+    pub(crate) fn raise() -> io::Result<MaxMapCount> {
+        let saved = MaxMapCount(fs::read_to_string(Self::PATH)?);
+        fs::write(Self::PATH, "1000000")?;
+        Ok(saved)
+    }
+}
+
+impl Drop for MaxMapCount {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(Self::PATH, &self.0) {
+            eprintln!(
+                "cannot restore {} to {}: {error}",
+                Self::PATH,
+                self.0.trim()
+            );
+        }
+    }
+}
+
 /// Settings of kernel KSM as they were, put back on drop.
 struct SavedSettings(Vec<(&'static str, String)>);
 
