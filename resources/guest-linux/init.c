@@ -21,6 +21,7 @@ enum {
 	SYS_mount = 165, SYS_reboot = 169,
 	O_RDWR = 2,
 	TIOCSCTTY = 0x540e,
+	TCSBRK = 0x5409,
 };
 #define REBOOT_MAGIC1 0xfee1deadUL
 #define REBOOT_MAGIC2 672274793UL
@@ -207,6 +208,8 @@ static unsigned run_shell(const char *command)
 
 static void power_off(void)
 {
+	/* tcdrain(3): what is still in the console's buffer would be lost. */
+	call(SYS_ioctl, 1, TCSBRK, 1, 0, 0);
 	call(SYS_sync, 0, 0, 0, 0, 0);
 	call(SYS_reboot, REBOOT_MAGIC1, REBOOT_MAGIC2, REBOOT_POWER_OFF, 0, 0);
 }

@@ -22,9 +22,12 @@ fn soak_time() -> Duration {
 }
 
 fn writer(seed: u64) -> Workload {
+    // More writes, and on two cores no page would rest long enough to be merged.
+    let writes_per_pass = 16;
     let layout = [Layout::Same, Layout::Runs, Layout::Shuffled][(seed % 3) as usize];
     Workload {
         layout,
+        writes_per_pass,
         ..Workload::writer(seed)
     }
 }
@@ -40,7 +43,7 @@ fn cycle(monitor: &Monitor, guests: &[VmId], number: u64) {
         for id in guests {
             healthy_report(monitor, id);
         }
-        monitor.engine().stats().pages_sharing > 2000
+        monitor.engine().stats().pages_sharing > 1000
     });
     monitor.stop(&visitor).expect("it stops");
     monitor.delete(&visitor).expect("it goes");
