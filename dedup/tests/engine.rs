@@ -4,14 +4,14 @@
     reason = "plays the guest: reads and writes mapped memory"
 )]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use dedup::{
-    Engine, ExitPath, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf, RegionHandle, Run, Settings,
-    Stats,
+    DirtySource, Engine, ExitPath, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf, PageSet,
+    RegionHandle, Run, Settings, Stats,
 };
 
 fn deadline() -> Instant {
@@ -315,5 +315,51 @@ fn a_page_that_gets_its_shared_content_back_is_shared_again_without_a_new_mappin
         assert_eq!((restored.pages_sharing, restored.vmas), (256, vmas));
         assert_holds(&one, 1..=256);
         assert_holds(&other, 1..=256);
+    }
+}
+
+/// Tells what the test wrote.
+#[derive(Clone, Debug, Default)]
+struct Written(Arc<Mutex<Vec<u32>>>);
+
+impl DirtySource for Written {
+    fn collect(&self, dirty: &mut PageSet) -> std::io::Result<()> {
+        let mut written = self.0.lock().expect("nobody panicked");
+        written.drain(..).for_each(|page| dirty.insert(page));
+        Ok(())
+    }
+}
+
+#[test]
+fn pages_that_move_down_under_their_own_entries_leave_no_writer_asleep() {
+    let engine = engine(Run::Stop);
+    let written = Written::default();
+    let mapping = Mapping::new(64 * PAGE_SIZE_BYTES).expect("address space is there");
+    let region = engine.register_watched(mapping, Box::new(written.clone()));
+    let region = Arc::new(region.expect("the kernel takes the range"));
+    let put = |page: usize, content: u64| {
+        for word in 0..PAGE_WORDS {
+            write_word(&region, page, word, content.wrapping_mul(word as u64 + 1));
+        }
+        let page = u32::try_from(page).expect("few pages");
+        written.0.lock().expect("nobody panicked").push(page);
+    };
+    (10..20).for_each(|page| put(page, 100 + page as u64));
+    engine.set_run(Run::Merge).expect("merging starts");
+    settle(&engine);
+    engine.set_run(Run::Stop).expect("merging stops");
+    (10..18).for_each(|page| put(page, 102 + page as u64));
+    put(18, 999);
+    engine.set_run(Run::Merge).expect("merging starts");
+    settle(&engine);
+    for page in 10..20 {
+        let (done, wrote) = mpsc::channel();
+        let region = Arc::clone(&region);
+        thread::spawn(move || {
+            write_word(&region, page, 0, 5);
+            done.send(()).expect("somebody waits");
+        });
+        let woke = wrote.recv_timeout(Duration::from_secs(10));
+        assert_eq!(woke, Ok(()), "the writer of page {page} sleeps");
     }
 }

@@ -122,6 +122,12 @@ impl Backing for LinuxMemory {
 
     fn share(&self, pool: &LinuxPool, range: PageRange, first: PoolPage) -> io::Result<()> {
         self.remap(&range, Some((pool, first)))?;
+        // At once, though nobody protects it soon: a release of protected neighbours on both
+        // sides stops at a mapping that is not registered, and leaves their writers asleep.
+        let (start, len_bytes) = self.span(&range);
+        if let Err(error) = self.userfaultfd.register(start, len_bytes) {
+            log::error!("cannot register pages {range:?} again: {error}");
+        }
         self.wake(&range);
         Ok(())
     }
