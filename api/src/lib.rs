@@ -22,6 +22,7 @@
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
 //! | [`vm_args`] | from arguments to a VM's config |
+//! | [`descriptors`] | the limit of open files |
 //! | [`terminal`], [`table`], [`bytes`] | the user's side: keys in, columns and sizes out |
 //!
 //! # Locks
@@ -39,6 +40,7 @@ pub mod cli;
 pub mod client;
 pub mod command;
 pub mod console_stream;
+pub mod descriptors;
 pub mod domain_name;
 pub mod fault;
 pub mod front_door;

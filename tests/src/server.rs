@@ -28,8 +28,18 @@ impl Server {
     /// # Panics
     /// If it does not come up.
     pub fn start(arguments: &[&str]) -> Server {
+        Server::start_after(":", arguments)
+    }
+
+    /// As [`Server::start`], in a process that a shell prepared first, as `ulimit -Sn 256` does.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_after(preparation: &str, arguments: &[&str]) -> Server {
         let directory = tempfile::tempdir().expect("directory for the socket");
-        let child = Command::new(binary::samepage())
+        let child = Command::new("sh")
+            .args(["-c", &format!("{preparation}\nexec \"$@\""), "sh"])
+            .arg(binary::samepage())
             .args(["serve", "--stop-on-stdin-end", "--api-sock"])
             .arg(socket_in(directory.path()))
             .args(arguments)
@@ -104,7 +114,11 @@ impl Server {
         ended.expect("a status")
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Sends `signal`.
+    ///
+    /// # Panics
+    /// If there is no such process.
+    pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         kill_process(pid.expect("a pid"), signal).expect("signal the server");
     }

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::cli::ServeArgs;
 use crate::command::CommandError;
+use crate::descriptors;
 use crate::front_door::FrontDoor;
 use crate::server;
 use crate::socket::ApiSocket;
@@ -22,6 +23,9 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     // Caught from before the socket exists: whoever can see the socket can stop us cleanly.
     let mut interrupt = signal(SignalKind::interrupt()).map_err(CommandError::os("sigint"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(CommandError::os("sigterm"))?;
+    if let Err(error) = descriptors::raise_limit() {
+        log::warn!("cannot raise the limit of open files, so fewer VMs fit: {error}");
+    }
     let settings = dedup::Settings {
         run: dedup::Run::Merge,
         ..dedup::Settings::default()

@@ -1,0 +1,18 @@
+//! The process of `samepage serve`: what it takes from its parent, and what it asks of the system.
+
+use samepage_tests::kvm;
+use samepage_tests::server::Server;
+
+#[test]
+fn server_raises_its_limit_of_descriptors_as_far_as_it_may() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start_after("ulimit -Sn 256; ulimit -Hn 768", &[]);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid())).unwrap();
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let figures: Vec<&str> = line.unwrap().split_whitespace().skip(3).take(2).collect();
+    assert_eq!(figures, ["768", "768"]);
+}
