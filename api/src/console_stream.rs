@@ -1,9 +1,14 @@
-//! The two-way console stream: raw bytes over an upgraded connection.
+//! The two-way console streams: raw bytes over upgraded connections.
 //!
 //! Server to client: what the console has shown so far, then what it shows from now on; the
-//! server shuts its side when the VM has ended. Client to server: keystrokes; a client that shuts
-//! its side only gives up typing.
+//! server shuts its side when the VM has ended or was deleted. Client to server: keystrokes; a
+//! client that shuts its side only gives up typing.
+//!
+//! A stream is a task and nothing more. Rejected: a thread for each, blocked until the guest
+//! prints; hundreds of idle streams then take all of tokio's, and requests wait behind them.
 
+use std::future::poll_fn;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::upgrade::OnUpgrade;
@@ -11,20 +16,60 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::mpsc;
-use vmm::{Console, ConsoleRead};
+use tokio::sync::Semaphore;
+use vmm::{Console, ConsoleReader};
 
+use crate::fault::Fault;
 use crate::wire::Wire;
 
-/// Pieces of output on their way to a client that reads slowly.
-const PIECES_MAX: usize = 16;
-/// How often the reading thread looks whether its client is still there.
+/// Most streams that a server has open at a time, over all its VMs.
+pub const STREAMS_MAX: u32 = 1024;
+
+/// How often it is looked whether a client that gave up typing is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
-/// How long to wait before input that the guest did not take is tried again.
+/// How long to wait before input that the guest did not take is tried again; twice as long each
+/// time, up to [`LOOK_INTERVAL`].
 const INPUT_RETRY: Duration = Duration::from_millis(5);
 
-/// Connects the upgraded connection with the console until either ends.
-pub async fn pump(upgrade: OnUpgrade, console: Console) {
+/// The open streams of a server. Clones are the same streams.
+#[derive(Debug, Clone)]
+pub struct ConsoleStreams {
+    places: Arc<Semaphore>,
+}
+
+impl Default for ConsoleStreams {
+    fn default() -> ConsoleStreams {
+        ConsoleStreams {
+            places: Arc::new(Semaphore::new(STREAMS_MAX as usize)),
+        }
+    }
+}
+
+impl ConsoleStreams {
+    /// Connects the connection with the console, once it is upgraded, until either ends.
+    ///
+    /// # Errors
+    /// 503 if [`STREAMS_MAX`] are open.
+    pub fn open(&self, upgrade: OnUpgrade, console: Console) -> Result<(), Fault> {
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
+            let most = format!("the server has {STREAMS_MAX} of them open, which is the most");
+            Fault::unavailable(format!("console stream: {most}"))
+        })?;
+        tokio::spawn(async move {
+            pump(upgrade, console).await;
+            drop(place);
+        });
+        Ok(())
+    }
+
+    /// Waits until no stream is open. They end with their VMs, or when their clients leave.
+    pub async fn ended(&self) {
+        // Fails only if the semaphore is closed, which nobody does.
+        let _ = self.places.acquire_many(STREAMS_MAX).await;
+    }
+}
+
+async fn pump(upgrade: OnUpgrade, console: Console) {
     let upgraded = match upgrade.await {
         Ok(upgraded) => upgraded,
         Err(error) => {
@@ -38,35 +83,17 @@ pub async fn pump(upgrade: OnUpgrade, console: Console) {
     };
     let stream = parts.io.into_inner().into_inner();
     let (from_client, to_client) = stream.into_split();
-    let (pieces, arriving) = mpsc::channel(PIECES_MAX);
-    let reading = console.clone();
-    tokio::task::spawn_blocking(move || read_console(&reading, &pieces));
-    // Either side's end drops the other: the reading thread finds its channel closed.
+    // Either side's end drops the other.
     tokio::select! {
-        () = forward_output(to_client, arriving) => {}
+        () = forward_output(to_client, console.subscribe()) => {}
         () = forward_input(from_client, parts.read_buf.to_vec(), console) => {}
     }
 }
 
-/// Reads the console until the VM ends or the client is gone.
-fn read_console(console: &Console, pieces: &mpsc::Sender<Vec<u8>>) {
-    let mut reader = console.subscribe();
-    loop {
-        match reader.read(LOOK_INTERVAL) {
-            ConsoleRead::Bytes(bytes) => {
-                if pieces.blocking_send(bytes).is_err() {
-                    return;
-                }
-            }
-            ConsoleRead::TimedOut if pieces.is_closed() => return,
-            ConsoleRead::TimedOut => {}
-            ConsoleRead::Ended => return,
-        }
-    }
-}
-
-async fn forward_output(mut to_client: OwnedWriteHalf, mut arriving: mpsc::Receiver<Vec<u8>>) {
-    while let Some(bytes) = arriving.recv().await {
+/// Sends what the console shows until the VM ends or the client is gone. A client that reads
+/// slowly holds one piece here; what it misses beyond the console's history it never gets.
+async fn forward_output(mut to_client: OwnedWriteHalf, mut reader: ConsoleReader) {
+    while let Some(bytes) = poll_fn(|cx| reader.poll_read(cx)).await {
         if to_client.write_all(&bytes).await.is_err() {
             return;
         }
@@ -80,11 +107,16 @@ async fn forward_input(mut from_client: OwnedReadHalf, early: Vec<u8>, console: 
     let mut buffer = early;
     loop {
         let mut left = &buffer[..];
+        let mut retry = INPUT_RETRY;
         while !left.is_empty() {
             // Nothing is taken while the guest does not read, nor before the VM was started.
             let taken = console.write_input(left).unwrap_or(0);
             left = &left[taken..];
-            if taken == 0 && !is_there_after(&from_client, INPUT_RETRY).await {
+            if taken > 0 {
+                retry = INPUT_RETRY;
+            } else if is_there_after(&from_client, retry).await {
+                retry = LOOK_INTERVAL.min(2 * retry);
+            } else {
                 return;
             }
         }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// refuses in the VM's present state stays 400, so that its clients see what they expect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
-    /// A 4xx status, or 500 for an error of ours.
+    /// A 4xx status, 500 for an error of ours, or 503.
     pub status: StatusCode,
     /// One line for a human; names the field and the value.
     pub message: String,
@@ -63,6 +63,11 @@ impl Fault {
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("the request body is larger than the limit of {limit_bytes} bytes"),
         )
+    }
+
+    /// 503: as much as there may be of it is in use; later it may be free.
+    pub fn unavailable(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
     /// 500: an error inside Samepage.

@@ -30,8 +30,8 @@
 //! it but those inside `Monitor::new`.
 //!
 //! # Threads
-//! hyper runs on tokio's threads; whatever may block (a VM's start, an unmerge) runs on tokio's
-//! blocking threads, and so does each open console stream.
+//! hyper and console streams run on tokio's threads; whatever may block (a VM's start, an unmerge)
+//! runs on tokio's blocking threads.
 
 #![forbid(unsafe_code)]
 

@@ -6,17 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::Response;
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::UPGRADE;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use hyper::{Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::console_stream;
+use crate::console_stream::ConsoleStreams;
 use crate::fault::Fault;
 use crate::front_door::FrontDoor;
 use crate::reply::{self, CONSOLE_PROTOCOL};
@@ -32,10 +32,11 @@ pub const BODY_MAX_BYTES: usize = 51200;
 const DISCARD_MAX_BYTES: u64 = 16 << 20;
 const DISCARD_MAX_TIME: Duration = Duration::from_secs(2);
 
-/// How long open connections may take to finish when the server stops.
+/// How long open connections may take to finish when the server stops. Nothing else of its end
+/// waits for a client.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
 
-/// Serves until `stop` is done; then ends all VMs and lets open requests finish.
+/// Serves until `stop` is done; then ends all VMs and lets open requests and streams finish.
 ///
 /// # Errors
 /// If the listener fails for good. Errors of single connections are logged.
@@ -46,13 +47,15 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     let (stopping, stopped) = watch::channel(false);
     let mut connections = JoinSet::new();
+    let streams = ConsoleStreams::default();
     let mut stop = std::pin::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    connections.spawn(converse(stream, Arc::clone(&door), stopped.clone()));
+                    let house = (Arc::clone(&door), streams.clone());
+                    connections.spawn(converse(stream, house, stopped.clone()));
                 }
                 // Out of file descriptors: the next connection may find one again.
                 Err(error) => {
@@ -69,17 +72,25 @@ pub async fn serve(
         log::error!("closing the merge domains: {error}");
     }
     stopping.send_replace(true);
-    let farewell = async { while connections.join_next().await.is_some() {} };
+    let farewell = async {
+        while connections.join_next().await.is_some() {}
+        // With their VMs they have ended; what those said last is still on its way.
+        streams.ended().await;
+    };
     if tokio::time::timeout(FAREWELL_TIME, farewell).await.is_err() {
         log::warn!("connections cut that did not finish in {FAREWELL_TIME:?}");
     }
     Ok(())
 }
 
-async fn converse(stream: UnixStream, door: Arc<FrontDoor>, mut stopped: watch::Receiver<bool>) {
+async fn converse(
+    stream: UnixStream,
+    (door, streams): (Arc<FrontDoor>, ConsoleStreams),
+    mut stopped: watch::Receiver<bool>,
+) {
     let service = service_fn(move |request| {
-        let door = Arc::clone(&door);
-        async move { Ok::<_, Infallible>(answer(&door, request).await) }
+        let (door, streams) = (Arc::clone(&door), streams.clone());
+        async move { Ok::<_, Infallible>(answer(&door, &streams, request).await) }
     });
     let connection = http1::Builder::new()
         .auto_date_header(false)
@@ -102,11 +113,15 @@ async fn converse(stream: UnixStream, door: Arc<FrontDoor>, mut stopped: watch::
     }
 }
 
-async fn answer(door: &Arc<FrontDoor>, request: hyper::Request<Incoming>) -> Response<Full<Bytes>> {
+async fn answer(
+    door: &Arc<FrontDoor>,
+    streams: &ConsoleStreams,
+    request: hyper::Request<Incoming>,
+) -> Response<Full<Bytes>> {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let answered = answer_or_fault(door, request).await;
+    let answered = answer_or_fault(door, streams, request).await;
     let response = answered.unwrap_or_else(|fault| {
-        if fault.status.is_server_error() {
+        if fault.status == StatusCode::INTERNAL_SERVER_ERROR {
             log::error!("{method} {path}: {}", fault.message);
         }
         fault.into_response()
@@ -117,6 +132,7 @@ async fn answer(door: &Arc<FrontDoor>, request: hyper::Request<Incoming>) -> Res
 
 async fn answer_or_fault(
     door: &Arc<FrontDoor>,
+    streams: &ConsoleStreams,
     request: hyper::Request<Incoming>,
 ) -> Result<Response<Full<Bytes>>, Fault> {
     let (mut parts, body) = request.into_parts();
@@ -133,7 +149,7 @@ async fn answer_or_fault(
             .extensions
             .remove::<hyper::upgrade::OnUpgrade>()
             .ok_or_else(|| Fault::bad_request("console stream: needs `Connection: Upgrade`"))?;
-        tokio::spawn(console_stream::pump(upgrade, console));
+        streams.open(upgrade, console)?;
         return Ok(reply::switch_to_console());
     }
     let door = Arc::clone(door);

@@ -3,13 +3,22 @@
 //! Output goes into a bounded ring; every reader has its own position in it, so a slow or dead
 //! reader costs nothing and can hold up neither the guest nor other readers. Rejected: a channel
 //! per subscriber, which is either unbounded or makes the guest wait.
+//!
+//! A reader waits on its own thread, or as a task that leaves a [`Waker`]: hundreds of them then
+//! need no thread. The waker is the standard library's, so no async runtime is named here.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// Bytes of output kept.
 pub const HISTORY_BYTES_MAX: usize = 256 << 10;
+
+/// Most bytes that [`ConsoleReader::poll_read`] gives at once: what a task holds while its client
+/// is slow, times as many tasks as there are.
+const POLLED_BYTES_MAX: usize = 16 << 10;
 
 /// Errors of [`Console::write_input`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,6 +66,23 @@ impl Shared {
         // A log is consistent between any two of its own statements: nothing to repair.
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Changes the log by what readers want to know, and wakes all that wait.
+    fn tell(&self, change: impl FnOnce(&mut Log)) {
+        let waiting = {
+            let mut log = self.lock();
+            change(&mut log);
+            std::mem::take(&mut log.waiting)
+        };
+        self.changed.notify_all();
+        // Without the log's lock: a waker is code of its reader's, and may come back here.
+        for waker in waiting.into_values() {
+            if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
+                // Neither the guest that prints nor the other readers may pay for it.
+                log::error!("console: waking a reader panicked");
+            }
+        }
+    }
 }
 
 #[derive(Default)]
@@ -67,6 +93,10 @@ struct Log {
     /// How often the guest made room for input.
     input_room_count: u64,
     ended: bool,
+    /// How many readers there ever were: the number of the next one.
+    reader_count: u64,
+    /// Tasks to wake at the next output, by the number of their reader.
+    waiting: BTreeMap<u64, Waker>,
 }
 
 impl Log {
@@ -81,11 +111,12 @@ impl Log {
         self.start += excess as u64;
     }
 
-    /// The bytes from `position` on, and how many of them were already overwritten.
-    fn since(&self, position: u64) -> (Vec<u8>, u64) {
+    /// At most `max_bytes` from `position` on, and how many before them were already overwritten.
+    fn since(&self, position: u64, max_bytes: usize) -> (Vec<u8>, u64) {
         let lost = self.start.saturating_sub(position);
         let skip = usize::try_from(position.saturating_sub(self.start)).unwrap_or(usize::MAX);
-        (self.ring.iter().skip(skip).copied().collect(), lost)
+        let bytes = self.ring.iter().skip(skip).take(max_bytes);
+        (bytes.copied().collect(), lost)
     }
 }
 
@@ -110,15 +141,17 @@ impl Console {
 
     /// The last [`HISTORY_BYTES_MAX`] bytes printed.
     pub fn history(&self) -> Vec<u8> {
-        self.shared.lock().since(0).0
+        self.shared.lock().since(0, HISTORY_BYTES_MAX).0
     }
 
     /// A reader that gets the history first and then what is printed from now on.
     pub fn subscribe(&self) -> ConsoleReader {
-        let position = self.shared.lock().start;
+        let mut log = self.shared.lock();
+        log.reader_count += 1;
         ConsoleReader {
             shared: self.shared.clone(),
-            position,
+            number: log.reader_count,
+            position: log.start,
             lost_bytes: 0,
         }
     }
@@ -176,8 +209,7 @@ impl Console {
 
     /// Appends output of the guest.
     pub(crate) fn print(&self, bytes: &[u8]) {
-        self.shared.lock().push(bytes);
-        self.shared.changed.notify_all();
+        self.shared.tell(|log| log.push(bytes));
     }
 
     /// Connects the input to a serial port. Held weakly: the port belongs to the running VM.
@@ -202,8 +234,7 @@ impl Console {
             .input
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
-        self.shared.lock().ended = true;
-        self.shared.changed.notify_all();
+        self.shared.tell(|log| log.ended = true);
     }
 }
 
@@ -221,6 +252,8 @@ pub enum ConsoleRead {
 /// One reader of a console, at its own position.
 pub struct ConsoleReader {
     shared: Arc<Shared>,
+    /// Its own among the console's readers.
+    number: u64,
     position: u64,
     lost_bytes: u64,
 }
@@ -236,21 +269,47 @@ impl std::fmt::Debug for ConsoleReader {
 impl ConsoleReader {
     /// Waits for output, at most `timeout`.
     pub fn read(&mut self, timeout: Duration) -> ConsoleRead {
+        let shared = self.shared.clone();
         let position = self.position;
-        let log = self.shared.lock();
-        let (log, _) = self
-            .shared
+        let (log, _) = shared
             .changed
-            .wait_timeout_while(log, timeout, |log| log.end() <= position && !log.ended)
+            .wait_timeout_while(shared.lock(), timeout, |log| {
+                log.end() <= position && !log.ended
+            })
             .unwrap_or_else(PoisonError::into_inner);
-        let (bytes, lost) = log.since(position);
-        self.lost_bytes += lost;
-        self.position = log.end().max(position);
+        let bytes = self.take(&log, HISTORY_BYTES_MAX);
         match (bytes.is_empty(), log.ended) {
             (false, _) => ConsoleRead::Bytes(bytes),
             (true, true) => ConsoleRead::Ended,
             (true, false) => ConsoleRead::TimedOut,
         }
+    }
+
+    /// Output, a piece at a time, for a task: it waits without a thread. `None` once the VM has
+    /// ended and everything it printed was read.
+    ///
+    /// The task that asked last is woken when there is more. Its waker is called on the thread
+    /// that prints, a vCPU's, and must not wait.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Option<Vec<u8>>> {
+        let shared = self.shared.clone();
+        let mut log = shared.lock();
+        let bytes = self.take(&log, POLLED_BYTES_MAX);
+        if !bytes.is_empty() {
+            return Poll::Ready(Some(bytes));
+        }
+        if log.ended {
+            return Poll::Ready(None);
+        }
+        log.waiting.insert(self.number, cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// What is there to read, and moves on behind it.
+    fn take(&mut self, log: &Log, max_bytes: usize) -> Vec<u8> {
+        let (bytes, lost_bytes) = log.since(self.position, max_bytes);
+        self.lost_bytes += lost_bytes;
+        self.position += lost_bytes + bytes.len() as u64;
+        bytes
     }
 
     /// Bytes this reader missed because it was slower than the guest by a whole history.
@@ -259,8 +318,19 @@ impl ConsoleReader {
     }
 }
 
+impl Drop for ConsoleReader {
+    fn drop(&mut self) {
+        let waker = self.shared.lock().waiting.remove(&self.number);
+        // Without the log's lock, as in `Shared::tell`.
+        drop(waker);
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
     use super::*;
 
     const LONG: Duration = Duration::from_secs(20);
@@ -303,6 +373,89 @@ mod tests {
         assert_eq!(bytes.len(), HISTORY_BYTES_MAX);
         assert!(bytes.ends_with(b"abcd"));
         assert_eq!(reader.lost_bytes(), 3);
+    }
+
+    /// Counts how often it is woken, and may panic then.
+    #[derive(Default)]
+    struct Woken {
+        count: AtomicUsize,
+        panics: bool,
+    }
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.count.fetch_add(1, Ordering::Relaxed);
+            assert!(!self.panics, "as this test wants it");
+        }
+    }
+
+    fn poll(reader: &mut ConsoleReader, woken: &Arc<Woken>) -> Poll<Option<Vec<u8>>> {
+        reader.poll_read(&mut Context::from_waker(&Waker::from(woken.clone())))
+    }
+
+    #[test]
+    fn a_polled_reader_is_woken_once_for_output_and_once_for_the_end() {
+        let console = Console::new();
+        let mut reader = console.subscribe();
+        let woken = Arc::new(Woken::default());
+        let count = || woken.count.load(Ordering::Relaxed);
+        assert_eq!(poll(&mut reader, &woken), Poll::Pending);
+        // Asked again: still one wake.
+        assert_eq!(poll(&mut reader, &woken), Poll::Pending);
+        console.print(b"a");
+        console.print(b"b");
+        assert_eq!(count(), 1);
+        assert_eq!(poll(&mut reader, &woken), Poll::Ready(Some(b"ab".to_vec())));
+        assert_eq!(poll(&mut reader, &woken), Poll::Pending);
+        console.end();
+        assert_eq!(count(), 2);
+        assert_eq!(poll(&mut reader, &woken), Poll::Ready(None));
+    }
+
+    #[test]
+    fn a_polled_reader_gets_a_long_history_in_pieces() {
+        let console = Console::new();
+        let printed: Vec<u8> = (0..=250).cycle().take(HISTORY_BYTES_MAX + 7).collect();
+        let mut reader = console.subscribe();
+        console.print(&printed);
+        console.end();
+        let woken = Arc::new(Woken::default());
+        let mut read = Vec::new();
+        while let Poll::Ready(Some(piece)) = poll(&mut reader, &woken) {
+            assert!(piece.len() <= POLLED_BYTES_MAX);
+            read.extend(piece);
+        }
+        assert_eq!(read, printed[7..]);
+        assert_eq!(reader.lost_bytes(), 7);
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_woken_no_more() {
+        let console = Console::new();
+        let mut reader = console.subscribe();
+        let woken = Arc::new(Woken::default());
+        assert_eq!(poll(&mut reader, &woken), Poll::Pending);
+        drop(reader);
+        assert_eq!(Arc::strong_count(&woken), 1);
+        console.print(b"a");
+        assert_eq!(woken.count.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_reader_whose_waker_panics_takes_the_end_from_no_other() {
+        let console = Console::new();
+        let mut readers = [console.subscribe(), console.subscribe()];
+        let rude = Arc::new(Woken {
+            panics: true,
+            ..Woken::default()
+        });
+        let polite = Arc::new(Woken::default());
+        assert_eq!(poll(&mut readers[0], &rude), Poll::Pending);
+        assert_eq!(poll(&mut readers[1], &polite), Poll::Pending);
+        console.end();
+        assert_eq!(rude.count.load(Ordering::Relaxed), 1);
+        assert_eq!(polite.count.load(Ordering::Relaxed), 1);
+        assert_eq!(poll(&mut readers[1], &polite), Poll::Ready(None));
     }
 
     struct Slow(Mutex<usize>);

@@ -61,7 +61,8 @@
 //! 5. *devices*: a virtio device's registers, then the device (see [`virtio`]); the serial port;
 //!    the keyboard controller; CMOS; the report port. A thread that holds one takes none of 1 to 4.
 //! 6. the *console's input* (its lock is released before the serial port's is taken), then the
-//!    *console's log*: leaves.
+//!    *console's log*: leaves. Tasks that wait for output are woken after it was released, but with
+//!    the serial port's held: their wakers must not wait.
 //!
 //! The event loop is waited for (to remove a subscriber) with none of these held.
 

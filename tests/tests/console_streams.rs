@@ -1,0 +1,105 @@
+//! Console streams, against a real server process: how many there may be, and when they end.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use samepage::console_stream::STREAMS_MAX;
+use samepage_tests::http::Connection;
+use samepage_tests::kvm;
+use samepage_tests::server::Server;
+use samepage_tests::tiny_kernel::{IDLE, KernelFile, SAY_HI_AND_RESET};
+use samepage_tests::wait::wait_until;
+use serde_json::json;
+
+/// How long a state may take to show.
+const STATE_TIME: Duration = Duration::from_secs(30);
+
+fn put_vm(server: &Server, id: &str, kernel: &KernelFile) {
+    let config = json!({
+        "boot-source": {"kernel_image_path": kernel.argument()},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 32},
+    });
+    server.done("PUT", &format!("/vms/{id}"), &config.to_string());
+}
+
+/// Asks for the stream of a VM's console: the status, and the connection it is on.
+fn ask_for_stream(server: &Server, id: &str) -> (u16, Connection) {
+    let mut connection = server.connect();
+    let request = format!(
+        "GET /vms/{id}/console HTTP/1.1\r\nHost: localhost\r\n\
+         Connection: Upgrade\r\nUpgrade: samepage-console\r\n\r\n"
+    );
+    connection.send(request.as_bytes()).expect("send a request");
+    let reply = connection.reply();
+    if reply.status != 101 {
+        assert!(reply.fault().contains(&STREAMS_MAX.to_string()));
+    }
+    (reply.status, connection)
+}
+
+fn open_stream(server: &Server, id: &str) -> Connection {
+    let (status, connection) = ask_for_stream(server, id);
+    assert_eq!(status, 101);
+    connection
+}
+
+#[test]
+fn as_many_streams_as_there_may_be_hold_up_neither_requests_nor_the_servers_end() {
+    if !kvm::is_present() {
+        return;
+    }
+    // This process holds the other end of each.
+    samepage::descriptors::raise_limit().expect("descriptors for a thousand streams");
+    let mut server = Server::start(&[]);
+    let (idle, talker) = (KernelFile::new(IDLE), KernelFile::new(SAY_HI_AND_RESET));
+    put_vm(&server, "idle", &idle);
+    put_vm(&server, "talker", &talker);
+    let mut streams: Vec<Connection> = (1..STREAMS_MAX)
+        .map(|_| open_stream(&server, "idle"))
+        .collect();
+    let mut heard = open_stream(&server, "talker");
+    assert_eq!(ask_for_stream(&server, "idle").0, 503);
+
+    // What needs a thread still gets one, and a stream its bytes.
+    let start = r#"{"action_type": "InstanceStart"}"#;
+    server.done("PUT", "/vms/talker/actions", start);
+    assert_eq!(heard.read_to_end(), b"hi\n");
+    drop((heard, streams.pop()));
+    wait_until("a stream that was left has made room", STATE_TIME, || {
+        let (status, stream) = ask_for_stream(&server, "idle");
+        streams.push(stream);
+        status == 101
+    });
+
+    assert_eq!(server.stop(Signal::TERM).code(), Some(0));
+    for mut stream in streams {
+        assert_eq!(stream.read_to_end(), b"");
+    }
+}
+
+#[test]
+fn client_that_does_not_read_does_not_hold_up_the_servers_end() {
+    if !kvm::is_present() {
+        return;
+    }
+    let mut server = Server::start(&[]);
+    // Prints for ever, many bytes an exit.
+    let chatter = KernelFile::new(&[
+        0xbe, 0x00, 0x00, 0x10, 0x00, // 1: mov esi, 0x100000
+        0xb9, 0x00, 0x10, 0x00, 0x00, // mov ecx, 0x1000
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xf3, 0x6e, // rep outsb
+        0xeb, 0xee, // jmp 1b
+    ]);
+    put_vm(&server, "a", &chatter);
+    let deaf = open_stream(&server, "a");
+    let start = r#"{"action_type": "InstanceStart"}"#;
+    server.done("PUT", "/vms/a/actions", start);
+    // Each piece, however small, takes a kilobyte of the socket's buffer of some 200.
+    wait_until("much output", STATE_TIME, || {
+        let history = server.call("GET", "/vms/a/console", "").body;
+        history.len() >= 64 << 10
+    });
+    assert_eq!(server.stop(Signal::TERM).code(), Some(0));
+    drop(deaf);
+}
