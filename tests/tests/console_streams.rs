@@ -78,6 +78,19 @@ fn as_many_streams_as_there_may_be_hold_up_neither_requests_nor_the_servers_end(
 }
 
 #[test]
+fn stream_of_a_vm_that_was_never_started_ends_when_the_vm_is_deleted() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let kernel = KernelFile::new(IDLE);
+    put_vm(&server, "a", &kernel);
+    let mut stream = open_stream(&server, "a");
+    server.done("DELETE", "/vms/a", "");
+    assert_eq!(stream.read_to_end(), b"");
+}
+
+#[test]
 fn client_that_does_not_read_does_not_hold_up_the_servers_end() {
     if !kvm::is_present() {
         return;

@@ -52,8 +52,8 @@
 //!
 //! # Locks
 //! Total order, outermost first; a thread may skip locks but never go back:
-//! 1. the *list of VMs* (`Monitor::vms`): short; never held over a request to a VM, except to ask
-//!    whether it may be deleted.
+//! 1. the *list of VMs* (`Monitor::vms`): short; never held over a request to a VM, except to have
+//!    it forgotten.
 //! 2. the *cell* of a VM (`Vm::cell`): its state and its machine. Held while vCPUs come to stand
 //!    still, so no vCPU takes it before it has left its gate for good.
 //! 3. the *gate* of a VM (`kvm::gate`).

@@ -170,7 +170,7 @@ impl Monitor {
         self.find(id)?.press_ctrl_alt_del()
     }
 
-    /// Forgets a VM that does not run.
+    /// Forgets a VM that does not run. Its console, if somebody still has it, is at its end.
     ///
     /// # Errors
     /// [`MonitorError::StillRunning`].
@@ -180,7 +180,7 @@ impl Monitor {
             .get(id)
             .ok_or_else(|| MonitorError::NotFound(id.clone()))?;
         // Lock order: list of VMs -> cell.
-        if !vm.is_deletable() {
+        if !vm.forget() {
             return Err(MonitorError::StillRunning(id.clone()));
         }
         vms.remove(id);

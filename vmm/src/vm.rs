@@ -44,6 +44,8 @@ struct Cell {
     machine: Option<Machine>,
     /// A start is under way; the record is `NotStarted` until it succeeded.
     is_starting: bool,
+    /// The monitor forgot it: a request that found it before comes too late to start it.
+    is_forgotten: bool,
 }
 
 impl Vm {
@@ -53,6 +55,7 @@ impl Vm {
             state: VmState::NotStarted,
             machine: None,
             is_starting: false,
+            is_forgotten: false,
         };
         Vm {
             id,
@@ -107,6 +110,9 @@ impl Vm {
     pub(crate) fn start(self: &Arc<Vm>, host: &Host) -> Result<(), MonitorError> {
         let running = {
             let mut cell = self.lock();
+            if cell.is_forgotten {
+                return Err(MonitorError::NotFound(self.id.clone()));
+            }
             let running = cell.state.after(Step::Start);
             let running = running.ok().filter(|_| !cell.is_starting).ok_or_else(|| {
                 MonitorError::AlreadyStarted {
@@ -246,16 +252,26 @@ impl Vm {
         Ok(())
     }
 
-    /// Whether it can be forgotten.
-    pub(crate) fn is_deletable(&self) -> bool {
-        let cell = self.lock();
-        !cell.is_starting && !cell.state.is_alive()
+    /// Sees to it that nothing becomes of it any more: it cannot be started, and whoever reads its
+    /// console reads to the end. False, and without effect, if it is alive or just being started.
+    pub(crate) fn forget(&self) -> bool {
+        {
+            let mut cell = self.lock();
+            if cell.is_starting || cell.state.is_alive() {
+                return false;
+            }
+            cell.is_forgotten = true;
+        }
+        self.console.end();
+        self.changed.notify_all();
+        true
     }
 
-    /// Waits for the end until `deadline`.
+    /// Waits for the end until `deadline`; not any longer once it was forgotten.
     pub(crate) fn wait_ended(&self, deadline: Instant) -> Option<EndReason> {
         let left = deadline.saturating_duration_since(Instant::now());
-        let going = |cell: &mut Cell| !matches!(cell.state, VmState::Ended(_));
+        let going =
+            |cell: &mut Cell| !matches!(cell.state, VmState::Ended(_)) && !cell.is_forgotten;
         let (cell, _) = self
             .changed
             .wait_timeout_while(self.lock(), left, going)
@@ -264,6 +280,13 @@ impl Vm {
             VmState::Ended(reason) => Some(reason.clone()),
             _ => None,
         }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // A monitor that goes has VMs that were never started, too.
+        self.console.end();
     }
 }
 
@@ -283,5 +306,80 @@ impl std::fmt::Debug for Vm {
             .field("id", &self.id)
             .field("state", &self.state())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::console::ConsoleRead;
+    use crate::events::EventLoop;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn never_started() -> Arc<Vm> {
+        let config = VmConfig::new("builtin:pageload");
+        let (reaper, _) = mpsc::channel();
+        Arc::new(Vm::new("a".parse().unwrap(), config, reaper))
+    }
+
+    #[test]
+    fn readers_and_waiters_of_a_vm_that_was_never_started_are_told_when_it_is_forgotten() {
+        let vm = never_started();
+        let mut reader = vm.console().subscribe();
+        let waiting = vm.clone();
+        let waiter = std::thread::spawn(move || waiting.wait_ended(Instant::now() + 2 * LONG));
+        assert!(vm.forget());
+        assert_eq!(reader.read(LONG), ConsoleRead::Ended);
+        let deadline = Instant::now() + LONG;
+        assert_eq!(waiter.join().unwrap(), None);
+        assert!(Instant::now() < deadline);
+    }
+
+    #[test]
+    fn a_start_that_found_the_vm_before_it_was_forgotten_comes_too_late() {
+        if std::env::var("SAMEPAGE_SKIP_KVM").is_ok_and(|value| value == "1") {
+            return;
+        }
+        let (kvm, supported_cpuid) =
+            Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
+        let events = EventLoop::new().unwrap();
+        let host = Host {
+            kvm,
+            supported_cpuid,
+            engine: dedup::Engine::new(&dedup::Settings::default()).unwrap(),
+            events: events.remote(),
+        };
+        let vm = never_started();
+        assert!(vm.forget());
+        let late = vm.start(&host).unwrap_err();
+        assert!(matches!(late, MonitorError::NotFound(_)), "{late}");
+        assert_eq!(vm.state(), VmState::NotStarted);
+    }
+
+    #[test]
+    fn readers_of_a_vm_that_was_never_started_are_told_when_its_monitor_goes() {
+        let vm = never_started();
+        let mut reader = vm.console().subscribe();
+        drop(vm);
+        assert_eq!(reader.read(LONG), ConsoleRead::Ended);
+    }
+
+    #[test]
+    fn a_vm_whose_start_panicked_can_be_forgotten_and_its_readers_are_told() {
+        let vm = never_started();
+        let mut reader = vm.console().subscribe();
+        let starting = vm.clone();
+        let start = std::thread::spawn(move || {
+            starting.lock().is_starting = true;
+            let _starting = Starting(&starting);
+            panic!("as this test wants it");
+        });
+        start.join().unwrap_err();
+        assert!(vm.forget());
+        assert_eq!(reader.read(LONG), ConsoleRead::Ended);
     }
 }
