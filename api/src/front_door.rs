@@ -9,6 +9,10 @@
 //! (starting, stopping and unmerging take long). A VM is on the roster before its monitor
 //! knows it and until after the monitor forgot it: an id is taken from the first moment, and in
 //! between the monitor itself answers that it does not know the VM.
+//!
+//! `patching` is held while one field of an engine's pace is changed and the others are kept, so
+//! that two patches at once are both done; never while anything waits. No other lock of ours is
+//! taken under it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +31,7 @@ use crate::request::{ActionType, DesiredState, MergePatch, Request};
 #[derive(Debug)]
 pub struct FrontDoor {
     roster: Mutex<Roster>,
+    patching: Mutex<()>,
     settings: dedup::Settings,
 }
 
@@ -49,6 +54,7 @@ impl FrontDoor {
     pub fn new(settings: dedup::Settings) -> FrontDoor {
         FrontDoor {
             roster: Mutex::default(),
+            patching: Mutex::default(),
             settings,
         }
     }
@@ -228,17 +234,25 @@ impl FrontDoor {
     fn patch_domain(&self, name: &DomainName, patch: &MergePatch) -> Result<Reply, Fault> {
         let monitor = self.monitor_for(name)?;
         let engine = monitor.engine();
-        let mut pace = engine.pace();
-        pace.pages_to_scan = patch.pages_to_scan.unwrap_or(pace.pages_to_scan);
-        pace.sleep_millisecs = patch.sleep_millisecs.unwrap_or(pace.sleep_millisecs);
-        if pace != engine.pace() {
-            engine.set_pace(pace);
-        }
+        self.patch_pace(engine, patch);
         if let Some(run) = patch.run {
             let set = engine.set_run(run);
             set.map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
         }
         Ok(Reply::Empty)
+    }
+
+    fn patch_pace(&self, engine: &dedup::Engine, patch: &MergePatch) {
+        // It guards no data that a panic could leave half done.
+        let patching = self.patching.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = engine.pace();
+        let mut pace = before;
+        pace.pages_to_scan = patch.pages_to_scan.unwrap_or(pace.pages_to_scan);
+        pace.sleep_millisecs = patch.sleep_millisecs.unwrap_or(pace.sleep_millisecs);
+        if pace != before {
+            engine.set_pace(pace);
+        }
+        drop(patching);
     }
 }
 

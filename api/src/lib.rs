@@ -26,8 +26,9 @@
 //! | [`terminal`], [`table`], [`bytes`] | the user's side: keys in, columns and sizes out |
 //!
 //! # Locks
-//! One of our own, `FrontDoor`'s roster; see [`front_door`]. No lock of a monitor is taken under
-//! it but those inside `Monitor::new`.
+//! Two of our own, `FrontDoor`'s roster and its lock of patches, never both; see [`front_door`].
+//! No lock of a monitor is taken under the roster but those inside `Monitor::new`, and under the
+//! other only the engine's control.
 //!
 //! # Threads
 //! hyper and console streams run on tokio's threads; whatever may block (a VM's start, an unmerge)

@@ -4,10 +4,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use samepage::domain_name::DomainName;
+use samepage::front_door::FrontDoor;
+use samepage::reply::Reply;
+use samepage::request::Request;
 use samepage_tests::kvm;
 use samepage_tests::server::Server;
 use samepage_tests::wait::wait_until;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
 const STOP: &str = r#"{"action_type": "InstanceStop"}"#;
@@ -364,6 +368,40 @@ fn merge_settings_change_one_by_one() {
     ] {
         assert!(domain()[counter].is_i64(), "{counter}");
     }
+}
+
+/// Sets one field to each value in turn, and finds it there each time.
+fn set_again_and_again(door: &FrontDoor, field: &str) {
+    let name: DomainName = "ci".parse().expect("a name");
+    let ask = |request| door.handle(request).expect("an answer");
+    for value in 1..=5_000 {
+        let patch = serde_json::from_value(json!({ field: value })).expect("a patch");
+        ask(Request::PatchDomain(name.clone(), patch));
+        let Reply::Json(domain) = ask(Request::DescribeDomain(name.clone())) else {
+            panic!("no domain");
+        };
+        let domain: Value = serde_json::from_slice(&domain).expect("json");
+        assert_eq!(domain[field], value, "{field}");
+    }
+}
+
+#[test]
+fn merge_settings_that_are_changed_at_once_are_both_changed() {
+    if !kvm::is_present() {
+        return;
+    }
+    // Without a socket between: the moment in which one could be lost is short.
+    let door = FrontDoor::new(dedup::Settings {
+        run: dedup::Run::Stop,
+        ..dedup::Settings::default()
+    });
+    door.declare("ci".parse().unwrap()).unwrap();
+    std::thread::scope(|scope| {
+        for field in ["pages_to_scan", "sleep_millisecs"] {
+            let door = &door;
+            scope.spawn(move || set_again_and_again(door, field));
+        }
+    });
 }
 
 #[test]
