@@ -38,7 +38,7 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve the REST API on a unix socket until SIGINT or SIGTERM
+    /// Serve the REST API on a unix socket until SIGINT, SIGTERM or SIGHUP
     Serve(ServeArgs),
     /// Run one VM in the foreground, its console on this terminal
     Run(RunArgs),

@@ -4,13 +4,25 @@
 //! umask around `bind` changes it for every thread of the process. So the socket is bound inside
 //! a fresh private directory beside its final place, given its mode there, and renamed into
 //! place: the rename also replaces a stale socket in one step.
+//!
+//! Whoever puts a socket there, or takes it away, holds the lock of its directory: what was found
+//! there is then still there.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+/// How long another server may hold the directory's lock. It does for some system calls.
+const LOCK_TIME: Duration = Duration::from_secs(5);
+/// Time between two tries: a lock that is waited for in the kernel has no deadline.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// Why the API's socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -61,15 +73,10 @@ impl ApiSocket {
         if path.file_name().is_none() {
             return Err(SocketError::NoFileName(path.to_owned()));
         }
-        let parent = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
         // Two servers that start at once must not both find the socket stale: whoever holds the
         // directory's lock looks and binds, the other then finds a live server.
-        let directory = std::fs::File::open(parent).map_err(os("open its directory"))?;
-        rustix::fs::flock(&directory, FlockOperation::LockExclusive)
-            .map_err(|errno| os("lock its directory")(errno.into()))?;
+        let parent = directory_of(path);
+        let _lock = lock(parent, LOCK_TIME).map_err(os("lock its directory"))?;
         refuse_live(path)?;
 
         let private = tempfile::Builder::new()
@@ -94,14 +101,50 @@ impl ApiSocket {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Removes the file if it is still ours. Not without the directory's lock: another server may
+    /// be putting its own there between our look and the removal.
+    fn remove(&self, lock_time: Duration) -> io::Result<()> {
+        let _lock = lock(directory_of(&self.path), lock_time)?;
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if ours {
+            std::fs::remove_file(&self.path)?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for ApiSocket {
     fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
-        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+        // A socket that is left is stale, and the next server replaces it.
+        if let Err(error) = self.remove(LOCK_TIME) {
             log::warn!("api socket {}: cannot remove: {error}", self.path.display());
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Locks a directory for as long as the file lives.
+fn lock(directory: &Path, time: Duration) -> io::Result<File> {
+    let deadline = Instant::now() + time;
+    let directory = File::open(directory)?;
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(directory),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
+            Err(Errno::WOULDBLOCK) => {
+                let message = format!("another process has held its lock for {time:?}");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, message));
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -160,6 +203,24 @@ mod tests {
         // The first one's drop must leave the second one's socket alone.
         drop(first);
         UnixStream::connect(second.path()).unwrap();
+    }
+
+    #[test]
+    fn socket_is_not_removed_while_another_server_may_be_putting_its_own_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let (socket, listener) = ApiSocket::bind(&path).unwrap();
+        drop(listener);
+        let others = lock(dir.path(), Duration::ZERO).unwrap();
+        let error = socket.remove(Duration::ZERO).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        assert!(path.exists());
+        // Nor is one bound meanwhile.
+        let error = lock(dir.path(), Duration::ZERO).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        drop(others);
+        drop(socket);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -441,7 +441,7 @@ fn signals_stop_the_server_with_its_vms_and_socket() {
     if !kvm::is_present() {
         return;
     }
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let mut server = Server::start(&[]);
         let mode = std::fs::metadata(server.socket())
             .unwrap()

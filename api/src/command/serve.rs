@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::cli::ServeArgs;
@@ -15,7 +15,7 @@ use crate::front_door::FrontDoor;
 use crate::server;
 use crate::socket::ApiSocket;
 
-/// Serves on `path` until SIGINT or SIGTERM.
+/// Serves on `path` until SIGINT, SIGTERM or SIGHUP.
 ///
 /// # Errors
 /// If the socket is taken or cannot be made, or a declared domain cannot be opened.
@@ -23,6 +23,7 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     // Caught from before the socket exists: whoever can see the socket can stop us cleanly.
     let mut interrupt = signal(SignalKind::interrupt()).map_err(CommandError::os("sigint"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(CommandError::os("sigterm"))?;
+    let mut hang_up = watch_hang_up()?;
     if let Err(error) = descriptors::raise_limit() {
         log::warn!("cannot raise the limit of open files, so fewer VMs fit: {error}");
     }
@@ -50,11 +51,41 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
+            Some(()) = next(&mut hang_up) => {}
             Ok(()) = stdin_end => {}
         }
     };
     let served = server::serve(listener, door, stop).await;
     served.map_err(CommandError::os("api socket"))
+}
+
+/// Catches SIGHUP, unless our parent had it ignored: whoever uses nohup wants us to stay.
+fn watch_hang_up() -> Result<Option<Signal>, CommandError> {
+    let status = std::fs::read_to_string("/proc/self/status");
+    let status = status.map_err(CommandError::os("own signals"))?;
+    if ignores(&status, SignalKind::hangup()) {
+        return Ok(None);
+    }
+    let hang_up = signal(SignalKind::hangup()).map_err(CommandError::os("sighup"))?;
+    Ok(Some(hang_up))
+}
+
+/// Whether the process of this `/proc/PID/status` ignores `signal`: bit n - 1 of `SigIgn` is
+/// signal n (`proc_pid_status(5)`).
+fn ignores(status: &str, signal: SignalKind) -> bool {
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal.as_raw_value() - 1) & 1 == 1)
+}
+
+/// The next of these signals; never if they are not caught.
+async fn next(caught: &mut Option<Signal>) -> Option<()> {
+    match caught {
+        Some(caught) => caught.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Completes at the end of standard input if `is_wanted`, and fails at once if not.
@@ -75,4 +106,18 @@ fn watch_stdin(is_wanted: bool) -> Result<oneshot::Receiver<()>, CommandError> {
             .map_err(CommandError::os("thread for standard input"))?;
     }
     Ok(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_signals_are_told_from_the_others() {
+        let status = "Name:\tsamepage\nSigBlk:\t0000000000000001\nSigIgn:\t0000000000001001\n";
+        assert!(ignores(status, SignalKind::hangup()));
+        assert!(ignores(status, SignalKind::pipe()));
+        assert!(!ignores(status, SignalKind::terminate()));
+        assert!(!ignores("", SignalKind::hangup()));
+    }
 }
