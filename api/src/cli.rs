@@ -20,6 +20,7 @@ Examples:
   samepage launch web2 --merge-domain web --kernel vmlinux --initrd initramfs.cpio
   samepage stats --watch                   see web1 and web2 share their memory
   samepage console web1                    use web1's serial console
+  samepage pause web1                      stand its vCPUs still, until `samepage resume web1`
   samepage run --kernel vmlinux --initrd initramfs.cpio      one VM, right here, no server
 
 The server's socket is --api-sock, else $SAMEPAGE_SOCKET, else $XDG_RUNTIME_DIR/samepage.sock,
@@ -46,6 +47,12 @@ pub enum Command {
     Launch(LaunchArgs),
     /// List the server's VMs
     Ps(PsArgs),
+    /// Stand a VM's vCPUs still; its memory stays, and goes on being merged
+    #[command(after_help = "Examples:\n  samepage pause web1")]
+    Pause(IdArgs),
+    /// Let a paused VM run again
+    #[command(after_help = "Examples:\n  samepage resume web1")]
+    Resume(IdArgs),
     /// End a VM at once; its record and console stay until `rm`
     #[command(after_help = "Examples:\n  samepage stop web1")]
     Stop(IdArgs),

@@ -257,6 +257,13 @@ fn commands_work_a_vm_from_launch_to_rm() {
     assert!(fails(&["launch", "c", "--kernel", "/nowhere"]).contains("/nowhere"));
     assert!(fails(&["stop", "c"]).contains("vm c"));
     assert!(fails(&["rm", "a"]).contains("vm a"));
+    for (command, state) in [("pause", "Paused"), ("resume", "Running")] {
+        ok(&[command, "a"]);
+        assert!(ok(&["ps"]).contains(state), "{command}: {}", ok(&["ps"]));
+        // Once more changes nothing, and what does not run cannot be asked.
+        ok(&[command, "a"]);
+        assert!(fails(&[command, "b"]).contains("vm b"));
+    }
     ok(&["stop", "a"]);
     assert!(ok(&["ps"]).contains("Ended (stopped)"));
     ok(&["rm", "a"]);

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use crate::cli::{Cli, Command};
 use crate::client::{Client, ClientError};
+use crate::request::DesiredState;
 use crate::socket::SocketError;
 
 /// Why a command failed: one clear line behind `samepage: error: `.
@@ -71,6 +72,8 @@ pub async fn execute(cli: Cli) -> Result<ExitCode, CommandError> {
         Command::Run(args) => return run::run(&args).await,
         Command::Launch(args) => launch::launch(&client, &args).await?,
         Command::Ps(args) => ps::ps(&client, &args).await?,
+        Command::Pause(args) => vm::set_state(&client, &args, DesiredState::Paused).await?,
+        Command::Resume(args) => vm::set_state(&client, &args, DesiredState::Resumed).await?,
         Command::Stop(args) => vm::stop(&client, &args).await?,
         Command::Rm(args) => vm::rm(&client, &args).await?,
         Command::Console(args) => console::console(&client, &args).await?,

@@ -1,9 +1,22 @@
-//! `samepage stop` and `samepage rm`.
+//! `samepage pause`, `resume`, `stop` and `rm`.
 
 use crate::cli::{IdArgs, RmArgs};
 use crate::client::Client;
 use crate::command::CommandError;
-use crate::request::ActionType;
+use crate::request::{ActionType, DesiredState};
+
+/// Pauses or resumes a VM; one that is in that state already stays in it.
+///
+/// # Errors
+/// If there is none of this id or it does not run.
+pub async fn set_state(
+    client: &Client,
+    args: &IdArgs,
+    state: DesiredState,
+) -> Result<(), CommandError> {
+    client.set_vm_state(args.id.as_str(), state).await?;
+    Ok(())
+}
 
 /// Ends a VM at once.
 ///
