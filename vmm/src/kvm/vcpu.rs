@@ -245,7 +245,8 @@ mod tests {
         if std::env::var("SAMEPAGE_SKIP_KVM").is_ok_and(|value| value == "1") {
             return;
         }
-        let (kvm, cpuid) = Host::open_kvm().expect("this test needs /dev/kvm");
+        let (kvm, cpuid) =
+            Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
         let ram = Ram::new(2 << 20, None).unwrap();
         tables::write_page_tables(ram.memory()).unwrap();
         tables::write_gdt(ram.memory()).unwrap();

@@ -93,7 +93,8 @@ mod tests {
         if std::env::var("SAMEPAGE_SKIP_KVM").is_ok_and(|value| value == "1") {
             return;
         }
-        let (kvm, _) = Host::open_kvm().expect("this test needs /dev/kvm");
+        let (kvm, _) =
+            Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
         let ram = Ram::new(1 << 20, None).unwrap();
         let (log, source) = DirtyLog::new(ram.memory());
         let collect = || {
