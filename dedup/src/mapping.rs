@@ -5,6 +5,7 @@ use std::ptr;
 use thiserror::Error;
 
 use crate::page::{PAGE_SIZE_BYTES, PageBuf, bytes_to_pages, pages_to_bytes};
+use crate::racing::copy_page_out;
 
 /// Why a range could not be reserved.
 #[derive(Debug, Error)]
@@ -123,26 +124,6 @@ impl Drop for Mapping {
         if unmapped != 0 {
             log::error!("cannot unmap a region: {}", std::io::Error::last_os_error());
         }
-    }
-}
-
-/// What is loaded at once: the widest load that every x86-64 has.
-type Chunk = std::arch::x86_64::__m128i;
-
-/// Copies a page that others may be writing to, chunk by chunk, so that a torn *page* is possible
-/// and an invented *word* is not. `memcpy` was rejected: to the compiler it is a plain read, which
-/// it may repeat or leave out.
-///
-/// # Safety
-/// `from` is aligned to a page and valid for reads of a whole page.
-pub(crate) unsafe fn copy_page_out(from: *const u8, into: &mut PageBuf) {
-    let from = from.cast::<Chunk>();
-    let into = into.as_mut_ptr().cast::<Chunk>();
-    for index in 0..PAGE_SIZE_BYTES / size_of::<Chunk>() {
-        // SAFETY: `index` is inside the page that the caller vouches for, which is aligned.
-        let chunk = unsafe { from.wrapping_add(index).read_volatile() };
-        // SAFETY: `index` is inside `into`, which has the size of a page; no alignment is assumed.
-        unsafe { into.wrapping_add(index).write_unaligned(chunk) };
     }
 }
 
