@@ -43,6 +43,12 @@ pub(crate) trait Backing: Send + Sync + 'static {
         found: &mut Vec<(PageRange, Residency)>,
     ) -> io::Result<()>;
 
+    /// Whether any page of `range` is part of a huge page.
+    fn has_huge_page(&self, range: PageRange) -> io::Result<bool>;
+
+    /// Splits the huge page that `page` is part of, so that its pages can be given back one by one.
+    fn split_huge_page(&self, page: u32) -> io::Result<()>;
+
     /// Copies a page out. The guest may be writing to it.
     fn read(&self, page: u32, into: &mut PageBuf);
 

@@ -121,6 +121,9 @@ impl<B: Backing> Scanner<B> {
             return Ok(());
         };
         let range = run[0].partner_page..run[0].partner_page + run_len(run);
+        if !self.split_for_partners(partner, &range) {
+            return Ok(());
+        }
         let remapped = self.items(id).any_in_pool_vma(&range);
         let mut protected = Protected::new(partner.backing(), range, remapped)?;
         let equal: Vec<(u32, PoolPage)> = run

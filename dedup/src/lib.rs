@@ -36,6 +36,7 @@
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
+//! | `huge` | which huge pages are split | policy |
 //! | `places` | guesses: what was shared where | pure |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
@@ -65,6 +66,7 @@ mod dirty;
 mod engine;
 mod fingerprint;
 mod found;
+mod huge;
 mod item;
 mod items;
 mod keyed;

@@ -9,19 +9,20 @@ use std::io;
 use crate::backing::Backing;
 use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
-use crate::page::{PageRange, PoolPage, range_pages, runs};
+use crate::page::{HUGE_PAGE_PAGES, PageRange, PoolPage, range_pages, runs};
 use crate::protected::Protected;
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 use crate::visit::{Pair, Plan};
 
-/// Longest run that is protected at once. A writer may wait for the whole of it: 256 pages take
-/// about 150 us to compare and map.
-pub(crate) const RUN_PAGES_MAX: usize = 256;
+/// Longest run that is protected at once: a huge page. A writer may wait for the whole of it, which
+/// takes about 300 us to compare and map.
+pub(crate) const RUN_PAGES_MAX: usize = HUGE_PAGE_PAGES as usize;
 
 impl<B: Backing> Scanner<B> {
     /// Tries what was planned, cheapest first: guesses, zeros, new stable pages, existing ones.
     pub(crate) fn merge(&mut self, inside: &Entered<'_, B>, plan: &mut Plan) {
+        self.split_for(inside, plan);
         let id = inside.region.id();
         let guessed = std::mem::take(&mut plan.guessed);
         for page in self.share_all(inside, &guessed) {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::backing::{Backing, Pool};
 use crate::dirty::{PageSet, Watch};
+use crate::huge::HUGE_PAGE_SHARED_PAGES_MIN;
 use crate::item::PageState;
 use crate::items::Items;
 use crate::keyed::RegionMap;
@@ -45,6 +46,8 @@ pub(crate) struct Scanner<B: Backing> {
     pages_over_vma_budget: u64,
     pub(crate) pages_scanned: u64,
     pub(crate) full_scans: u64,
+    /// Shareable pages of a huge page from which on it is split.
+    pub(crate) huge_page_shared_pages_min: u32,
     /// What was shared where, to guess by.
     pub(crate) places: Places,
     /// Where a page is copied to, to be hashed.
@@ -65,6 +68,7 @@ impl<B: Backing> Scanner<B> {
             pages_over_vma_budget: 0,
             pages_scanned: 0,
             full_scans: 0,
+            huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
             places: Places::default(),
             scratch: Box::new([0; PAGE_WORDS]),
             changes: 0,

@@ -13,7 +13,7 @@ use crate::scanner::Scanner;
 pub(crate) type Candidate = (u32, PoolPage);
 
 /// What a writer may wait for at most, by the costs below.
-const GROUP_US_MAX: u32 = 250;
+const GROUP_US_MAX: u32 = 300;
 /// Mapping a run: the system call, and the VMAs that it splits.
 const PART_US: u32 = 6;
 /// Comparing a page and dropping its private copy, in parts of a microsecond.

@@ -36,6 +36,20 @@ pub(crate) struct Plan {
     founding: FingerprintSet,
 }
 
+impl Plan {
+    /// Every page that is to be tried, in no order.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = u32> {
+        let candidates = self.guessed.iter().chain(&self.stable);
+        let merging = candidates
+            .map(|&(page, _)| page)
+            .chain(self.zeros.iter().copied());
+        let founding = self.pairs.iter().map(|pair| pair.page);
+        merging
+            .chain(founding)
+            .chain(self.deferred.iter().map(|&(page, _)| page))
+    }
+}
+
 impl<B: Backing> Scanner<B> {
     /// Visits the pages of a window and merges what can be merged. Returns the pages visited.
     pub(crate) fn scan_window(

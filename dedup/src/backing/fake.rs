@@ -111,6 +111,8 @@ pub(crate) struct FakeMemory {
     racing: Arc<Mutex<Vec<(u32, Content)>>>,
     /// The kernel moves pages about, and says of each that it is swapped.
     pub(crate) moving: Arc<AtomicBool>,
+    /// The whole region is one huge page.
+    pub(crate) is_huge: Arc<AtomicBool>,
     /// Its exit has freed its pages: nobody looks at them any more.
     freed: Arc<AtomicBool>,
     /// Pages written to since the source was asked last.
@@ -140,6 +142,7 @@ impl FakeMemory {
             calls_left: Arc::new(AtomicU32::new(u32::MAX)),
             racing: Arc::default(),
             moving: Arc::default(),
+            is_huge: Arc::default(),
             freed: Arc::default(),
             written: Arc::default(),
         }
@@ -239,6 +242,15 @@ impl Backing for FakeMemory {
         Ok(())
     }
 
+    fn has_huge_page(&self, _range: PageRange) -> io::Result<bool> {
+        Ok(self.is_huge.load(Ordering::Relaxed))
+    }
+
+    fn split_huge_page(&self, _page: u32) -> io::Result<()> {
+        self.is_huge.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn read(&self, page: u32, into: &mut PageBuf) {
         *into = [self.content(page); PAGE_WORDS];
     }
@@ -298,6 +310,10 @@ impl Backing for FakeMemory {
             assert!(
                 is_same || self.freed.load(Ordering::Relaxed),
                 "page {page} is changed"
+            );
+            assert!(
+                !self.is_huge.load(Ordering::Relaxed),
+                "a part of a huge page is not given back"
             );
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
             sync::lock(&self.under)[page as usize] = Some(pool_page);

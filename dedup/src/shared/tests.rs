@@ -85,7 +85,8 @@ struct World {
 impl World {
     fn new() -> World {
         let pool = FakePool::default();
-        let scanner = Scanner::new(pool.clone(), 1000);
+        let mut scanner = Scanner::new(pool.clone(), 1000);
+        scanner.huge_page_shared_pages_min = 1;
         let control = Control::new(Run::Merge, Pace::default());
         let mut world = World {
             shared: Shared::new(scanner, control),
@@ -102,6 +103,9 @@ impl World {
         let memory = FakeMemory::new(PAGES, &self.pool);
         // Every other region has somebody who tells what was written to.
         let source = (self.registered % 2 == 1).then(|| memory.source());
+        // Every third has a huge page, to be split before any of it is merged.
+        let is_huge = self.registered.is_multiple_of(3);
+        memory.is_huge.store(is_huge, Ordering::Relaxed);
         self.registered += 1;
         let region = self.shared.register(memory.clone(), source);
         self.guests.push(Guest {

@@ -72,7 +72,8 @@ impl LinuxMemory {
         // SAFETY:
         // - `span` checked that the range lies inside the reserved range, which is ours alone.
         // - The advice given here drops pages that hold zeros or belong to no guest any more
-        //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is (`MADV_POPULATE_WRITE`).
+        //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is
+        //   (`MADV_POPULATE_WRITE`, `MADV_COLD`).
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
     }
 
@@ -109,6 +110,20 @@ impl Backing for LinuxMemory {
         found: &mut Vec<(PageRange, Residency)>,
     ) -> io::Result<()> {
         self.pagemap.scan(&self.mapping, range, found)
+    }
+
+    fn has_huge_page(&self, range: PageRange) -> io::Result<bool> {
+        if !self.mapping.has_huge_pages() {
+            return Ok(false);
+        }
+        self.pagemap.has_huge_page(&self.mapping, &range)
+    }
+
+    fn split_huge_page(&self, page: u32) -> io::Result<()> {
+        // To call a part of a huge page cold makes the kernel split it (`mm/madvise.c`,
+        // `madvise_cold_or_pageout_pte_range`). Unmapping a part alone would not give it back: the
+        // whole huge page stays until memory is short (`deferred_split_folio`).
+        self.advise(&(page..page + 1), libc::MADV_COLD)
     }
 
     fn read(&self, page: u32, into: &mut PageBuf) {
