@@ -4,6 +4,8 @@
 //! it. So the pages of one are merged together or not at all. KSM splits a huge page for the first
 //! page that it merges (`mm/ksm.c`, `try_to_merge_one_page`).
 
+use std::collections::BTreeSet;
+
 use crate::backing::Backing;
 use crate::item::PageState;
 use crate::page::{HUGE_PAGE_PAGES, PageRange};
@@ -31,11 +33,30 @@ impl<B: Backing> Scanner<B> {
         if !self.has_huge_page(inside, &block_of(page)) {
             return;
         }
+        if plan.pages().count() < self.huge_page_shared_pages_min as usize {
+            self.plan_left_out(inside, &block_of(page), plan);
+        }
         let is_whole = [plan.guessed.len(), plan.pairs.len()].contains(&(HUGE_PAGE_PAGES as usize));
         if plan.pages().count() < self.huge_page_shared_pages_min as usize {
             self.leave_whole(inside.region.id(), plan);
         } else if !is_whole {
             self.split(inside, page);
+        }
+    }
+
+    /// Plans the rest of a block's calm pages too: those left out before count towards what it is
+    /// worth now. A guest that fills its memory bit by bit would never share any of it otherwise.
+    fn plan_left_out(&mut self, inside: &Entered<'_, B>, block: &PageRange, plan: &mut Plan) {
+        let planned: BTreeSet<u32> = plan.pages().collect();
+        for page in block.start..block.end.min(inside.backing().pages()) {
+            let state = self.items(inside.region.id()).state(page);
+            if !matches!(state, PageState::Unshared { .. }) || planned.contains(&page) {
+                continue;
+            }
+            if inside.is_exiting() {
+                return;
+            }
+            self.read_and_plan(inside, page, plan);
         }
     }
 

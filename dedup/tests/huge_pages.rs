@@ -2,36 +2,58 @@
 #![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
 
 use std::fs;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, RegionHandle, Settings, Stats};
+use dedup::{
+    DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, PageSet, RegionHandle, Settings,
+    Stats,
+};
 
 const HUGE_PAGE_PAGES: usize = 512;
 
-/// Two regions of one huge page each, whose first `equal_pages` pages are equal, after merging.
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+/// Writes a page whose content is told by a number.
+fn write_page(mapping: &Mapping, page: usize, content: u64) {
+    for word in 0..PAGE_WORDS {
+        let address = mapping
+            .as_ptr()
+            .cast::<u64>()
+            .wrapping_add(page * PAGE_WORDS + word);
+        // SAFETY: the word lies inside the mapping, which this test alone writes to.
+        unsafe { address.write_volatile(content * (word as u64 + 1)) };
+    }
+}
+
+/// A huge page whose first `equal_pages` pages are those of every other such, and the rest its own.
+fn huge_page(region: u64, equal_pages: usize) -> Mapping {
+    let mapping = Mapping::with_huge_pages(HUGE_PAGE_PAGES * PAGE_SIZE_BYTES)
+        .expect("address space is there");
+    for page in 0..HUGE_PAGE_PAGES {
+        let owner = if page < equal_pages { 0 } else { region };
+        write_page(&mapping, page, 1 + page as u64 + 1000 * owner);
+    }
+    // At least: mappings of other tests may adjoin, and be one with it for the kernel.
+    assert!(
+        huge_bytes(&mapping) >= HUGE_PAGE_PAGES * PAGE_SIZE_BYTES,
+        "this test needs transparent huge pages (/sys/kernel/mm/transparent_hugepage/enabled: madvise or always)"
+    );
+    mapping
+}
+
+/// Two regions of one huge page each, after merging.
 fn merged(equal_pages: usize, settings: &Settings) -> (Engine, [RegionHandle; 2], Stats) {
     let engine = Engine::new(settings).expect("this host has userfaultfd");
-    let regions = [0, 1].map(|region| {
-        let mapping = Mapping::with_huge_pages(HUGE_PAGE_PAGES * PAGE_SIZE_BYTES)
-            .expect("address space is there");
-        let region_of = |page| if page < equal_pages { 0 } else { region };
-        for page in 0..HUGE_PAGE_PAGES {
-            let content = 1 + page as u64 * 2 + region_of(page);
-            for word in 0..PAGE_WORDS {
-                let address = mapping.as_ptr().cast::<u64>().wrapping_add(page * PAGE_WORDS + word);
-                // SAFETY: the word lies inside the mapping, which nobody else uses yet.
-                unsafe { address.write_volatile(content * (word as u64 + 1)) };
-            }
-        }
-        assert_eq!(
-            huge_bytes(&mapping),
-            HUGE_PAGE_PAGES * PAGE_SIZE_BYTES,
-            "this test needs transparent huge pages (/sys/kernel/mm/transparent_hugepage/enabled: madvise or always)"
-        );
-        engine.register(mapping).expect("the kernel takes the range")
+    let regions = [1, 2].map(|region| {
+        let mapping = huge_page(region, equal_pages);
+        engine
+            .register(mapping)
+            .expect("the kernel takes the range")
     });
-    let deadline = Instant::now() + Duration::from_secs(60);
-    assert!(engine.wait_full_scans(4, deadline), "four passes in time");
+    assert!(engine.wait_full_scans(4, deadline()), "four passes in time");
     let stats = engine.stats();
     (engine, regions, stats)
 }
@@ -114,4 +136,40 @@ fn huge_pages_that_are_equal_as_a_whole_are_shared_as_a_whole() {
     let [one, other] = regions;
     assert_eq!((one.stats().vmas, other.stats().vmas), (1, 1));
     drop((one, other, engine));
+}
+
+/// Tells what the test itself wrote.
+#[derive(Clone, Debug, Default)]
+struct Written(Arc<Mutex<Vec<u32>>>);
+
+impl DirtySource for Written {
+    fn collect(&self, dirty: &mut PageSet) -> std::io::Result<()> {
+        let written = std::mem::take(&mut *self.0.lock().expect("nobody panics with it"));
+        written.into_iter().for_each(|page| dirty.insert(page));
+        Ok(())
+    }
+}
+
+#[test]
+fn pages_that_were_too_few_count_when_more_become_equal() {
+    let engine = Engine::new(&Settings::default()).expect("this host has userfaultfd");
+    let regions = [1, 2].map(|region| {
+        let written = Written::default();
+        let handle = engine.register_watched(huge_page(region, 200), Box::new(written.clone()));
+        (handle.expect("the kernel takes the range"), written)
+    });
+    assert!(engine.wait_full_scans(4, deadline()), "four passes in time");
+    assert_eq!(engine.stats().pages_sharing, 0, "too few to split for");
+    for (region, written) in &regions {
+        for page in 200..400 {
+            write_page(region.mapping(), page, 7000 + page as u64);
+        }
+        written
+            .0
+            .lock()
+            .expect("nobody panics with it")
+            .extend(200..400);
+    }
+    assert!(engine.wait_full_scans(6, deadline()), "six passes in time");
+    assert_eq!(engine.stats().pages_sharing, 400, "{:?}", engine.stats());
 }
