@@ -83,6 +83,11 @@ pub(crate) trait Backing: Send + Sync + 'static {
     /// same. Its writers wait on. Costs no VMA, unlike [`Backing::share`].
     fn uncover(&self, range: PageRange) -> io::Result<()>;
 
+    /// Puts one private mapping over `range`, in one step, with a copy of what each page shows.
+    /// `under` tells for each page whether it is mapped to the pool: of the others, those without
+    /// memory stay so. Its writers wait on.
+    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()>;
+
     /// Gives back the pages of `range`, which hold zeros. Its writers wait on. `in_pool_vma` tells
     /// that the range is mapped to the pool, where dropping would uncover a pool page.
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()>;

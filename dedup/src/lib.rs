@@ -36,6 +36,7 @@
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
+//! | `heal` | mappings that are not worth it any more | policy |
 //! | `huge` | which huge pages are split | policy |
 //! | `places` | guesses: what was shared where | pure |
 //! | `unmerge` | private copies for all | mechanism |
@@ -66,6 +67,7 @@ mod dirty;
 mod engine;
 mod fingerprint;
 mod found;
+mod heal;
 mod huge;
 mod item;
 mod items;

@@ -53,6 +53,13 @@ impl<'a, B: Backing> Protected<'a, B> {
         self.backing.uncover(part.clone())
     }
 
+    /// Puts one mapping without the pool in place of the whole range, with the same content. `under`
+    /// tells for each page whether it is mapped to the pool.
+    pub(crate) fn rebuild(&mut self, under: &[bool]) -> io::Result<()> {
+        self.remapped = true;
+        self.backing.rebuild(self.range.clone(), under)
+    }
+
     /// Gives back a part of the range, which holds zeros.
     pub(crate) fn drop_zeros(&mut self, part: &PageRange, in_pool_vma: bool) -> io::Result<()> {
         self.remapped |= in_pool_vma;

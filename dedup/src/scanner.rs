@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::backing::{Backing, Pool};
 use crate::dirty::{PageSet, Watch};
+use crate::heal::HEAL_VMAS_MIN;
 use crate::huge::HUGE_PAGE_SHARED_PAGES_MIN;
 use crate::item::PageState;
 use crate::items::Items;
@@ -48,6 +49,8 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) full_scans: u64,
     /// Shareable pages of a huge page from which on it is split.
     pub(crate) huge_page_shared_pages_min: u32,
+    /// Mappings in a block from which on it may be healed.
+    pub(crate) heal_vmas_min: u32,
     /// What was shared where, to guess by.
     pub(crate) places: Places,
     /// Where a page is copied to, to be hashed.
@@ -69,6 +72,7 @@ impl<B: Backing> Scanner<B> {
             pages_scanned: 0,
             full_scans: 0,
             huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
+            heal_vmas_min: HEAL_VMAS_MIN,
             places: Places::default(),
             scratch: Box::new([0; PAGE_WORDS]),
             changes: 0,

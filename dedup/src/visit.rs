@@ -64,7 +64,9 @@ impl<B: Backing> Scanner<B> {
         };
         self.pages_scanned += u64::from(visited);
         self.merge(inside, &mut plan);
+        let page = window.start;
         self.settle_watched(inside, window);
+        self.heal(inside, page);
         self.reclaim();
         self.publish_region(inside.region);
         Ok(visited)

@@ -336,6 +336,24 @@ impl Backing for FakeMemory {
         Ok(())
     }
 
+    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
+        self.call()?;
+        for (page, &is_under) in range.zip(under) {
+            assert!(
+                sync::lock(&self.protected)[page as usize],
+                "rebuilt without protection"
+            );
+            let content = self.content(page);
+            let pool_page = sync::lock(&self.under)[page as usize].take();
+            assert_eq!(pool_page.is_some(), is_under);
+            let is_absent = self.page(page) == FakePage::Absent;
+            if !is_absent {
+                sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
+            }
+        }
+        Ok(())
+    }
+
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
         self.call()?;
         for page in range.clone() {

@@ -87,6 +87,7 @@ impl World {
         let pool = FakePool::default();
         let mut scanner = Scanner::new(pool.clone(), 1000);
         scanner.huge_page_shared_pages_min = 1;
+        scanner.heal_vmas_min = 3;
         let control = Control::new(Run::Merge, Pace::default());
         let mut world = World {
             shared: Shared::new(scanner, control),

@@ -1,13 +1,14 @@
 //! A region's memory as the kernel keeps it.
 
 use std::io;
+use std::ptr;
 use std::sync::Arc;
 
 use super::pagemap::Pagemap;
 use super::{LinuxPool, Userfaultfd, check};
 use crate::backing::{Backing, Residency};
 use crate::mapping::Mapping;
-use crate::page::{PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
+use crate::page::{PAGE_SIZE_BYTES, PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
 use crate::racing::{page_is_zero, pages_are_equal, pages_may_be_equal};
 
 /// A reserved range, registered for write protection.
@@ -65,6 +66,23 @@ impl LinuxMemory {
         } else {
             Ok(())
         }
+    }
+
+    /// Moves a mapping with everything in it over `range`: one step for those who read it.
+    fn move_here(&self, staging: Mapping, range: &PageRange) -> io::Result<()> {
+        let (start, len_bytes) = self.span(range);
+        // SAFETY:
+        // - `span` checked that the range lies inside the reserved range, which is ours alone.
+        // - `staging` has the same size, and is given up below without being unmapped.
+        let moved = unsafe {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            libc::mremap(staging.as_ptr().cast(), len_bytes, len_bytes, flags, start)
+        };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        std::mem::forget(staging);
+        Ok(())
     }
 
     fn advise(&self, range: &PageRange, advice: libc::c_int) -> io::Result<()> {
@@ -190,6 +208,32 @@ impl Backing for LinuxMemory {
         // In a file mapping the kernel keeps the protection of a dropped page as a marker
         // (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), which the release takes away.
         self.advise(&range, libc::MADV_DONTNEED)
+    }
+
+    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
+        let (_, len_bytes) = self.span(&range);
+        let staging = Mapping::new(len_bytes).map_err(io::Error::other)?;
+        let mut found = Vec::new();
+        self.residency(range.clone(), &mut found)?;
+        let mut has_content = under.to_vec();
+        for (pages, residency) in found {
+            // Pages that are swapped out, or just being moved, are read back in.
+            if residency != Residency::ZeroPage {
+                has_content
+                    [(pages.start - range.start) as usize..(pages.end - range.start) as usize]
+                    .fill(true);
+            }
+        }
+        for (page, _) in (0..)
+            .zip(has_content)
+            .filter(|&(_, has_content)| has_content)
+        {
+            let from = self.page_address(range.start + page);
+            // SAFETY: both are whole, aligned pages, of a reserved range and of the staging one,
+            // which nobody else knows; the caller has stopped the writers of the former.
+            unsafe { ptr::copy_nonoverlapping(from, staging.address(page), PAGE_SIZE_BYTES) };
+        }
+        self.move_here(staging, &range)
     }
 
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
