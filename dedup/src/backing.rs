@@ -43,26 +43,53 @@ pub(crate) trait Backing: Send + Sync + 'static {
         found: &mut Vec<(PageRange, Residency)>,
     ) -> io::Result<()>;
 
+    /// Whether any page of `range` is part of a huge page.
+    fn has_huge_page(&self, range: PageRange) -> io::Result<bool>;
+
+    /// Splits the huge page that `page` is part of, so that its pages can be given back one by one.
+    fn split_huge_page(&self, page: u32) -> io::Result<()>;
+
     /// Copies a page out. The guest may be writing to it.
     fn read(&self, page: u32, into: &mut PageBuf);
 
-    /// Stops writers of `range` until [`Backing::release`], [`Backing::share`] or
-    /// [`Backing::drop_zeros`]. `remapped` tells that part of it was mapped anew since it was last
-    /// protected, so that it must be registered again.
+    /// Whether a page shows only zeros.
+    fn is_zero(&self, page: u32) -> bool;
+
+    /// Whether a page shows the same bytes as a page of `other`.
+    fn equals(&self, page: u32, other: &Self, other_page: u32) -> bool;
+
+    /// Whether a page shows the same bytes as a page of the pool.
+    fn equals_pool(&self, page: u32, pool: &Self::Pool, pool_page: PoolPage) -> bool;
+
+    /// Whether a page begins like a page of the pool. Where it does not, they are not equal.
+    fn may_equal_pool(&self, page: u32, pool: &Self::Pool, pool_page: PoolPage) -> bool;
+
+    /// Copies the pages of `range`, whose writers are stopped, into the pool from `first` on, where
+    /// nobody maps anything yet. They may be freed meanwhile by an exit, and count as zeros then.
+    fn fill(&self, range: PageRange, pool: &Self::Pool, first: PoolPage) -> io::Result<()>;
+
+    /// Stops writers of `range` until [`Backing::release`]. `remapped` tells that part of it was
+    /// mapped anew since it was last protected, so that it must be registered again.
     fn protect(&self, range: PageRange, remapped: bool) -> io::Result<()>;
 
-    /// Lets writers of `range` go on with the page they had.
-    fn release(&self, range: PageRange);
+    /// Lets writers of `range` go on with what they find there now. `remapped` as for
+    /// [`Backing::protect`].
+    fn release(&self, range: PageRange, remapped: bool);
 
-    /// Maps the pool's pages from `first` on over `range`, then wakes its writers.
+    /// Maps the pool's pages from `first` on over `range`. Its writers wait on.
     fn share(&self, pool: &Self::Pool, range: PageRange, first: PoolPage) -> io::Result<()>;
 
     /// Drops the private copies over the pool pages that `range` is mapped to, which hold the
-    /// same, then wakes its writers. Costs no VMA, unlike [`Backing::share`].
+    /// same. Its writers wait on. Costs no VMA, unlike [`Backing::share`].
     fn uncover(&self, range: PageRange) -> io::Result<()>;
 
-    /// Gives back the pages of `range`, which hold zeros, then wakes its writers. `in_pool_vma`
-    /// tells that the range is mapped to the pool, where dropping would uncover a pool page.
+    /// Puts one private mapping over `range`, in one step, with a copy of what each page shows.
+    /// `under` tells for each page whether it is mapped to the pool: of the others, those without
+    /// memory stay so. Its writers wait on.
+    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()>;
+
+    /// Gives back the pages of `range`, which hold zeros. Its writers wait on. `in_pool_vma` tells
+    /// that the range is mapped to the pool, where dropping would uncover a pool page.
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()>;
 
     /// Gives every page of `range` a private copy of what it shows, as a write by the guest would.
@@ -74,12 +101,6 @@ pub(crate) trait Backing: Send + Sync + 'static {
 
 /// Where stable pages live.
 pub(crate) trait Pool: std::fmt::Debug + Send + Sync + 'static {
-    /// Copies a stable page out.
-    fn read(&self, page: PoolPage, into: &mut PageBuf);
-
-    /// Fills a page that nobody maps yet.
-    fn write(&self, page: PoolPage, content: &PageBuf) -> io::Result<()>;
-
     /// Gives back `pages` pages from `first` on, which nobody maps as shared any more.
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()>;
 }

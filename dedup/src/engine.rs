@@ -29,6 +29,9 @@ pub struct Settings {
     pub pace: Pace,
     /// VMAs that all regions together may take; `None` for seven eighths of `vm.max_map_count`.
     pub vma_budget: Option<u32>,
+    /// Of a huge page's 512 pages, how many must be worth merging before it is split for them;
+    /// `None` for half of it. 1 splits for any page, as kernel KSM does; 513 never.
+    pub huge_page_shared_pages_min: Option<u32>,
 }
 
 /// Why the engine could not do what it was asked.
@@ -73,7 +76,11 @@ impl Engine {
         let pool = LinuxPool::new().map_err(EngineError::Pool)?;
         let vma_budget = settings.vma_budget.unwrap_or_else(default_vma_budget);
         let control = Control::new(settings.run, settings.pace);
-        let shared = Arc::new(Shared::new(Scanner::new(pool, vma_budget), control));
+        let mut scanner = Scanner::new(pool, vma_budget);
+        if let Some(pages) = settings.huge_page_shared_pages_min {
+            scanner.huge_page_shared_pages_min = pages;
+        }
+        let shared = Arc::new(Shared::new(scanner, control));
         let worker = Worker::spawn(&shared).map_err(EngineError::Worker)?;
         Ok(Engine {
             _worker: worker,

@@ -2,10 +2,20 @@
 //!
 //! A fingerprint never decides a merge; bytes do, compared under write protection. KSM walks a
 //! tree by `memcmp` instead (`mm/ksm.c`, `stable_tree_search`): one cache-cold page per level.
+//!
+//! rapidhash, because it needs no vector unit to be faster than memory: 0.09 us a page, where xxh3
+//! built for plain x86-64 took 0.13 us.
 
-use xxhash_rust::xxh3::xxh3_64;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::LazyLock;
 
-use crate::page::PageBuf;
+use rapidhash::v3::{RapidSecrets, rapidhash_v3_seeded};
+
+use crate::page::{PAGE_WORDS, PageBuf};
+
+/// Drawn anew for each process, so that no guest can prepare pages that collide.
+static SECRETS: LazyLock<RapidSecrets> =
+    LazyLock::new(|| RapidSecrets::seed(RandomState::new().hash_one(std::process::id())));
 
 /// A page's 64-bit hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,7 +24,14 @@ pub(crate) struct Fingerprint(pub(crate) u64);
 impl Fingerprint {
     /// The fingerprint of a page's content.
     pub(crate) fn of(page: &PageBuf) -> Fingerprint {
-        Fingerprint(xxh3_64(bytemuck::bytes_of(page)))
+        Fingerprint(rapidhash_v3_seeded(bytemuck::bytes_of(page), &SECRETS))
+    }
+
+    /// The fingerprint of a page of zeros.
+    pub(crate) fn of_zeros() -> Fingerprint {
+        static OF_ZEROS: LazyLock<Fingerprint> =
+            LazyLock::new(|| Fingerprint::of(&[0; PAGE_WORDS]));
+        *OF_ZEROS
     }
 
     /// The part that a page's item keeps to see whether the page changed between two visits.
@@ -23,15 +40,9 @@ impl Fingerprint {
     }
 }
 
-/// Whether every byte of the page is zero.
-pub(crate) fn is_zero(page: &PageBuf) -> bool {
-    page.iter().fold(0, |seen, word| seen | word) == 0
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::page::PAGE_WORDS;
 
     #[test]
     fn one_changed_bit_anywhere_changes_the_fingerprint() {
@@ -41,13 +52,5 @@ mod tests {
             changed[word] ^= 1 << 63;
             assert_ne!(Fingerprint::of(&base), Fingerprint::of(&changed));
         }
-    }
-
-    #[test]
-    fn only_a_page_of_zeros_is_zero() {
-        let mut page = [0u64; PAGE_WORDS];
-        assert!(is_zero(&page));
-        page[PAGE_WORDS - 1] = 1 << 63;
-        assert!(!is_zero(&page));
     }
 }

@@ -90,6 +90,18 @@ impl Items {
         *item = item.with_state(state);
     }
 
+    /// VMAs that begin in a range.
+    pub(crate) fn vmas_in(&self, range: &PageRange) -> u32 {
+        let items = &self.items[range.start as usize..range.end as usize];
+        count(items, |item| item.starts_vma())
+    }
+
+    /// Pages of a range that are mapped to a stable page.
+    pub(crate) fn stable_in(&self, range: &PageRange) -> u32 {
+        let items = &self.items[range.start as usize..range.end as usize];
+        count(items, |item| matches!(item.state(), PageState::Stable(_)))
+    }
+
     /// VMAs that the region would take more if `range` were mapped anew as one (may be negative).
     pub(crate) fn vmas_added_by_remap(&self, range: &PageRange) -> i64 {
         let starts = |page: u32| self.items.get(page as usize).map(|item| item.starts_vma());
@@ -130,6 +142,10 @@ impl Items {
     pub(crate) fn is_merged(&self, page: u32) -> bool {
         matches!(self.state(page), PageState::Stable(_) | PageState::Zero)
     }
+}
+
+fn count(items: &[Item], is_it: impl Fn(Item) -> bool) -> u32 {
+    u32::try_from(items.iter().filter(|&&item| is_it(item)).count()).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

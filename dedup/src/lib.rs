@@ -35,11 +35,15 @@
 //! | `visit`, `watched` | one window: what changed, what to merge | policy |
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
-//! | `merge`, `protected` | protect, compare again, swap, wake | mechanism |
+//! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
+//! | `heal` | mappings that are not worth it any more | policy |
+//! | `huge` | which huge pages are split | policy |
+//! | `places` | guesses: what was shared where | pure |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
 //! | `stable`, `pool_map` | stable pages, free pool pages | pure |
-//! | `fingerprint` | hash and zero test | pure |
+//! | `fingerprint`, `keyed` | hash and zero test; maps by hash | pure |
+//! | `racing` | loads from memory that others write to | unsafe |
 //! | `backing` | the kernel behind a trait, and its model for tests | system calls |
 //! | `mapping` | reserved ranges | system calls |
 //! | `page` | units and runs | pure |
@@ -62,20 +66,28 @@ mod control;
 mod dirty;
 mod engine;
 mod fingerprint;
+mod found;
+mod heal;
+mod huge;
 mod item;
 mod items;
+mod keyed;
 #[expect(
     unsafe_code,
-    reason = "maps, unmaps and reads memory that others write to"
+    reason = "maps and unmaps memory, and reads what others write to"
 )]
 mod mapping;
 mod merge;
 mod page;
+mod places;
 mod pool_map;
 mod protected;
+#[expect(unsafe_code, reason = "loads from memory that others write to")]
+mod racing;
 mod region;
 mod ring;
 mod scanner;
+mod share;
 mod shared;
 mod stable;
 mod stats;

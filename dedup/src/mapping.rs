@@ -4,7 +4,8 @@ use std::ptr;
 
 use thiserror::Error;
 
-use crate::page::{PAGE_SIZE_BYTES, PageBuf, bytes_to_pages, pages_to_bytes};
+use crate::page::{HUGE_PAGE_BYTES, PAGE_SIZE_BYTES, PageBuf, bytes_to_pages, pages_to_bytes};
+use crate::racing::copy_page_out;
 
 /// Why a range could not be reserved.
 #[derive(Debug, Error)]
@@ -30,6 +31,7 @@ pub enum MappingError {
 pub struct Mapping {
     start: *mut u8,
     pages: u32,
+    has_huge_pages: bool,
 }
 
 // SAFETY:
@@ -41,20 +43,42 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Reserves `size_bytes`. Huge pages are declined for the range: the engine shares base pages,
-    /// and the kernel would have to split a huge page at each merge.
+    /// and would have to split a huge page for what it merges of it.
     ///
     /// # Errors
     /// [`MappingError`] for a size that is not whole pages, and when the kernel refuses.
     pub fn new(size_bytes: usize) -> Result<Mapping, MappingError> {
+        Mapping::reserve(size_bytes, PAGE_SIZE_BYTES, libc::MADV_NOHUGEPAGE)
+    }
+
+    /// As [`Mapping::new`], with transparent huge pages of 2 MiB wherever the kernel has them: the
+    /// guest runs faster, and the engine splits one only when enough of it can be shared (see
+    /// `Settings::huge_page_shared_pages_min`).
+    ///
+    /// # Errors
+    /// As [`Mapping::new`].
+    pub fn with_huge_pages(size_bytes: usize) -> Result<Mapping, MappingError> {
+        let mut mapping = Mapping::reserve(size_bytes, HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE)?;
+        mapping.has_huge_pages = true;
+        Ok(mapping)
+    }
+
+    /// Reserves a range that begins at a multiple of `align_bytes`, with `advice` about huge pages.
+    fn reserve(
+        size_bytes: usize,
+        align_bytes: usize,
+        advice: libc::c_int,
+    ) -> Result<Mapping, MappingError> {
         let pages = bytes_to_pages(size_bytes)
             .filter(|&pages| pages > 0 && pages_to_bytes(pages) == size_bytes)
             .ok_or(MappingError::Size(size_bytes))?;
         let refused = |source| MappingError::Reserve { size_bytes, source };
+        let slack_bytes = align_bytes - PAGE_SIZE_BYTES;
         // SAFETY: no address is given, so no existing mapping is touched.
         let start = unsafe {
             libc::mmap(
                 ptr::null_mut(),
-                size_bytes,
+                size_bytes + slack_bytes,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
@@ -64,18 +88,31 @@ impl Mapping {
         if start == libc::MAP_FAILED {
             return Err(refused(std::io::Error::last_os_error()));
         }
+        let start: *mut u8 = start.cast();
+        let before_bytes = start.align_offset(align_bytes);
         let mapping = Mapping {
-            start: start.cast(),
+            start: start.wrapping_add(before_bytes),
             pages,
+            has_huge_pages: false,
         };
+        unmap(start, before_bytes);
+        unmap(
+            mapping.start.wrapping_add(size_bytes),
+            slack_bytes - before_bytes,
+        );
         // SAFETY: the range was mapped just above and has `size_bytes` bytes.
-        let declined = unsafe { libc::madvise(start, size_bytes, libc::MADV_NOHUGEPAGE) };
-        // EINVAL: a kernel without transparent huge pages, where there is nothing to decline.
+        let advised = unsafe { libc::madvise(mapping.start.cast(), size_bytes, advice) };
+        // EINVAL: a kernel without transparent huge pages, where there is nothing to say.
         let error = std::io::Error::last_os_error();
-        if declined != 0 && error.raw_os_error() != Some(libc::EINVAL) {
+        if advised != 0 && error.raw_os_error() != Some(libc::EINVAL) {
             return Err(refused(error));
         }
         Ok(mapping)
+    }
+
+    /// Whether huge pages may lie in the range.
+    pub(crate) fn has_huge_pages(&self) -> bool {
+        self.has_huge_pages
     }
 
     /// Start of the range, for memory slots and guest memory maps. Valid until the drop.
@@ -116,33 +153,21 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY:
-        // - The range was mapped by `new` and only ever remapped in place.
-        // - Nobody else may use it any more: users keep the `Mapping` alive.
-        let unmapped = unsafe { libc::munmap(self.start.cast(), self.size_bytes()) };
-        if unmapped != 0 {
-            log::error!("cannot unmap a region: {}", std::io::Error::last_os_error());
-        }
+        // The range was mapped by `reserve` and only ever remapped in place; users keep the
+        // `Mapping` alive.
+        unmap(self.start, self.size_bytes());
     }
 }
 
-/// What is loaded at once: the widest load that every x86-64 has.
-type Chunk = std::arch::x86_64::__m128i;
-
-/// Copies a page that others may be writing to, chunk by chunk, so that a torn *page* is possible
-/// and an invented *word* is not. `memcpy` was rejected: to the compiler it is a plain read, which
-/// it may repeat or leave out.
-///
-/// # Safety
-/// `from` is aligned to a page and valid for reads of a whole page.
-pub(crate) unsafe fn copy_page_out(from: *const u8, into: &mut PageBuf) {
-    let from = from.cast::<Chunk>();
-    let into = into.as_mut_ptr().cast::<Chunk>();
-    for index in 0..PAGE_SIZE_BYTES / size_of::<Chunk>() {
-        // SAFETY: `index` is inside the page that the caller vouches for, which is aligned.
-        let chunk = unsafe { from.wrapping_add(index).read_volatile() };
-        // SAFETY: `index` is inside `into`, which has the size of a page; no alignment is assumed.
-        unsafe { into.wrapping_add(index).write_unaligned(chunk) };
+/// Gives back address space that [`Mapping::reserve`] took and nobody uses any more.
+fn unmap(start: *mut u8, size_bytes: usize) {
+    if size_bytes == 0 {
+        return;
+    }
+    // SAFETY: the callers, both in this module, own the range and have done with it.
+    let unmapped = unsafe { libc::munmap(start.cast(), size_bytes) };
+    if unmapped != 0 {
+        log::error!("cannot unmap a region: {}", std::io::Error::last_os_error());
     }
 }
 
@@ -156,6 +181,15 @@ mod tests {
         for size_bytes in [0, 1, PAGE_SIZE_BYTES - 1, PAGE_SIZE_BYTES + 1] {
             let error = Mapping::new(size_bytes).unwrap_err().to_string();
             assert!(error.contains(&size_bytes.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_range_with_huge_pages_begins_with_one() {
+        for size_bytes in [PAGE_SIZE_BYTES, HUGE_PAGE_BYTES, 3 * HUGE_PAGE_BYTES] {
+            let mapping = Mapping::with_huge_pages(size_bytes).unwrap();
+            assert_eq!(mapping.as_ptr().align_offset(HUGE_PAGE_BYTES), 0);
+            assert_eq!(mapping.size_bytes(), size_bytes);
         }
     }
 

@@ -6,38 +6,39 @@
 
 use std::io;
 
-use crate::backing::{Backing, Pool};
-use crate::fingerprint::{Fingerprint, is_zero};
+use crate::backing::Backing;
+use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
-use crate::items::Items;
-use crate::page::{PageRange, PoolPage, range_pages, runs};
+use crate::page::{HUGE_PAGE_PAGES, PageRange, PoolPage, range_pages, runs};
 use crate::protected::Protected;
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 use crate::visit::{Pair, Plan};
 
-/// Longest run that is protected at once. A writer may wait for the whole of it: 256 pages take
-/// about 150 us to compare and map.
-const RUN_PAGES_MAX: usize = 256;
-
-/// A run of pairs under protection on both sides.
-struct Founding<'a, B: Backing> {
-    own: Protected<'a, B>,
-    partner: Protected<'a, B>,
-    id: RegionId,
-    partner_id: RegionId,
-}
+/// Longest run that is protected at once: a huge page. A writer may wait for the whole of it, which
+/// takes about 300 us to compare and map.
+pub(crate) const RUN_PAGES_MAX: usize = HUGE_PAGE_PAGES as usize;
 
 impl<B: Backing> Scanner<B> {
-    /// Tries what was planned: zeros, then new stable pages, then existing ones.
+    /// Tries what was planned, cheapest first: guesses, zeros, new stable pages, existing ones.
     pub(crate) fn merge(&mut self, inside: &Entered<'_, B>, plan: &mut Plan) {
+        self.split_for(inside, plan);
         let id = inside.region.id();
+        let guessed = std::mem::take(&mut plan.guessed);
+        for page in self.share_all(inside, &guessed) {
+            if inside.is_exiting() {
+                return;
+            }
+            self.read_and_plan(inside, page, plan);
+        }
+        plan.zeros.sort_unstable();
         for run in runs(&plan.zeros, RUN_PAGES_MAX, |a, b| a + 1 == *b) {
             let done = self.merge_zeros(inside, run[0]..run[0] + run_len(run));
             report("drop zero pages", id, done);
         }
-        for run in runs(&plan.pairs, RUN_PAGES_MAX, pair_continues) {
-            let done = self.merge_pairs(inside, run);
+        plan.pairs.sort_unstable_by_key(|pair| pair.page);
+        for run in runs(&plan.pairs, RUN_PAGES_MAX, |a, b| a.page + 1 == b.page) {
+            let done = self.found_run(inside, run);
             report("found stable pages", id, done);
             self.revisit_partners(run);
         }
@@ -54,12 +55,7 @@ impl<B: Backing> Scanner<B> {
             }
         }
         plan.stable.sort_unstable();
-        let continues =
-            |a: &(u32, PoolPage), b: &(u32, PoolPage)| a.0 + 1 == b.0 && a.1.plus(1) == b.1;
-        for run in runs(&plan.stable, RUN_PAGES_MAX, continues) {
-            let done = self.merge_stable(inside, run[0].0..run[0].0 + run_len(run), run[0].1);
-            report("share stable pages", id, done);
-        }
+        self.share_all(inside, &plan.stable);
     }
 
     /// Partners were taken out of the index; those not merged have to be found again, which a
@@ -88,11 +84,7 @@ impl<B: Backing> Scanner<B> {
         let remapped = self.items(id).any_in_pool_vma(&range);
         let mut protected = Protected::new(inside.backing(), range.clone(), remapped)?;
         let still_zero: Vec<u32> = range
-            .filter(|&page| {
-                let [content, _] = &mut *self.scratch;
-                inside.backing().read(page, content);
-                is_zero(content)
-            })
+            .filter(|&page| inside.backing().is_zero(page))
             .collect();
         let in_pool: Vec<bool> = still_zero
             .iter()
@@ -105,6 +97,7 @@ impl<B: Backing> Scanner<B> {
             if in_pool_vma {
                 let added = self.items(id).vmas_added_by_remap(&part);
                 if !self.takes_vmas(added, range_pages(&part)) {
+                    self.leave_out(id, &part);
                     continue;
                 }
             }
@@ -120,167 +113,17 @@ impl<B: Backing> Scanner<B> {
         Ok(())
     }
 
-    fn merge_stable(
-        &mut self,
-        inside: &Entered<'_, B>,
-        range: PageRange,
-        first: PoolPage,
-    ) -> io::Result<()> {
-        if inside.is_exiting() {
-            return Ok(());
+    /// Leaves zero pages out for good, until they change: trying again in each pass would cost CPU.
+    fn leave_out(&mut self, id: RegionId, part: &PageRange) {
+        let checksum = Fingerprint::of_zeros().checksum();
+        for page in part.clone() {
+            self.items(id)
+                .set_state(page, PageState::Unshared { checksum });
         }
-        let remapped = self.items(inside.region.id()).any_in_pool_vma(&range);
-        let mut protected = Protected::new(inside.backing(), range.clone(), remapped)?;
-        let equal: Vec<u32> = range
-            .clone()
-            .filter(|&page| {
-                let pool_page = first.plus(page - range.start);
-                let [own, stable] = &mut *self.scratch;
-                inside.backing().read(page, own);
-                self.pool.read(pool_page, stable);
-                // Its last sharer may have left it since the window's visit.
-                self.stable.sharers_of(pool_page) > 0 && own == stable
-            })
-            .collect();
-        let id = inside.region.id();
-        let covers = |items: &Items, page: u32| {
-            items.pool_page_under(page) == Some(first.plus(page - range.start))
-        };
-        let items = self.items(id);
-        let equal: Vec<(u32, bool)> = equal
-            .into_iter()
-            .map(|page| (page, covers(items, page)))
-            .collect();
-        for run in runs(&equal, usize::MAX, |a, b| a.0 + 1 == b.0 && a.1 == b.1) {
-            let (page, is_covering) = run[0];
-            let part = page..page + run_len(run);
-            let pool_page = first.plus(page - range.start);
-            if is_covering {
-                protected.uncover(&part)?;
-                self.note_shared(id, &part, pool_page);
-            } else {
-                self.share(&mut protected, id, &part, pool_page)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn merge_pairs(&mut self, inside: &Entered<'_, B>, run: &[Pair]) -> io::Result<()> {
-        let id = inside.region.id();
-        let partner_id = run[0].partner;
-        // Another region's lock is taken in its turn; the region in hand is entered already, and
-        // a second read lock on it would deadlock with an exit that waits in between.
-        let partner_region = if partner_id == id {
-            None
-        } else {
-            self.region(partner_id)
-        };
-        let entered = partner_region.as_ref().and_then(|region| region.enter());
-        let partner = if partner_id == id {
-            Some(inside)
-        } else {
-            entered.as_ref()
-        };
-        let Some(partner) = partner else {
-            for pair in run {
-                self.keep_candidate(id, pair.page, pair.fingerprint);
-            }
-            return Ok(());
-        };
-        if inside.is_exiting() {
-            return Ok(());
-        }
-        let own_range = run[0].page..run[0].page + run_len(run);
-        let partner_range = run[0].partner_page..run[0].partner_page + run_len(run);
-        let remapped = self.items(id).any_in_pool_vma(&own_range);
-        let partner_remapped = self.items(partner_id).any_in_pool_vma(&partner_range);
-        let mut founding = Founding {
-            own: Protected::new(inside.backing(), own_range, remapped)?,
-            partner: Protected::new(partner.backing(), partner_range, partner_remapped)?,
-            id,
-            partner_id,
-        };
-        let mut rest = run;
-        let mut founded = Ok(());
-        while !rest.is_empty() {
-            let Some((first, pages)) = self.stable.take_run(run_len(rest)) else {
-                break;
-            };
-            let (now, later) = rest.split_at(pages as usize);
-            let filled = self.fill(inside, partner, now, first)?;
-            for part in runs(&filled, usize::MAX, |a, b| pair_continues(&a.0, &b.0)) {
-                if founded.is_ok() {
-                    founded = self.found(&mut founding, part);
-                } else {
-                    part.iter().for_each(|&(_, page)| self.stable.abandon(page));
-                }
-            }
-            rest = if founded.is_ok() { later } else { &[] };
-        }
-        if let Some(region) = partner_region.as_deref() {
-            self.publish_region(region);
-        }
-        founded
-    }
-
-    /// Compares both sides of each pair, and fills a pool page with what was compared: the copy,
-    /// not the page again. Protection stops writers, but not an exit, which may free the pages of
-    /// either side at any moment; the other side must not be given zeros then.
-    fn fill(
-        &mut self,
-        inside: &Entered<'_, B>,
-        partner: &Entered<'_, B>,
-        run: &[Pair],
-        first: PoolPage,
-    ) -> io::Result<Vec<(Pair, PoolPage)>> {
-        let mut filled = Vec::new();
-        for (pair, pool_page) in run.iter().zip((first.0..).map(PoolPage)) {
-            let partner_state = self.items(partner.region.id()).state(pair.partner_page);
-            let [own, other] = &mut *self.scratch;
-            inside.backing().read(pair.page, own);
-            partner.backing().read(pair.partner_page, other);
-            // Equal pages may both have changed alike: their stable page must not be found by what
-            // they held before.
-            let is_same = own == other && Fingerprint::of(own) == pair.fingerprint;
-            if !is_same || !matches!(partner_state, PageState::Unshared { .. }) {
-                self.stable.abandon(pool_page);
-                self.keep_candidate(inside.region.id(), pair.page, pair.fingerprint);
-                continue;
-            }
-            if let Err(error) = self.pool.write(pool_page, own) {
-                let taken = filled.iter().map(|&(_, page)| page);
-                let left = (pool_page.0..first.0 + run_len(run)).map(PoolPage);
-                taken.chain(left).for_each(|page| self.stable.abandon(page));
-                return Err(error);
-            }
-            filled.push((*pair, pool_page));
-        }
-        Ok(filled)
-    }
-
-    /// Makes filled pool pages stable and maps both sides to them.
-    fn found(
-        &mut self,
-        founding: &mut Founding<'_, B>,
-        run: &[(Pair, PoolPage)],
-    ) -> io::Result<()> {
-        for &(pair, pool_page) in run {
-            self.stable.insert(pool_page, pair.fingerprint);
-        }
-        let (pair, first) = run[0];
-        let own = pair.page..pair.page + run_len(run);
-        let partner = pair.partner_page..pair.partner_page + run_len(run);
-        let shared = self
-            .share(&mut founding.partner, founding.partner_id, &partner, first)
-            .and_then(|()| self.share(&mut founding.own, founding.id, &own, first));
-        for &(_, pool_page) in run {
-            self.stable.drop_if_unused(pool_page);
-        }
-        shared
     }
 
     /// Maps a compared part of a protected range to stable pages, within the VMA budget.
-    fn share(
+    pub(crate) fn share(
         &mut self,
         protected: &mut Protected<'_, B>,
         id: RegionId,
@@ -307,26 +150,23 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Accounts for pages that are mapped to stable pages now.
-    fn note_shared(&mut self, id: RegionId, part: &PageRange, first: PoolPage) {
+    pub(crate) fn note_shared(&mut self, id: RegionId, part: &PageRange, first: PoolPage) {
         for page in part.clone() {
             let pool_page = first.plus(page - part.start);
             self.items(id).set_state(page, PageState::Stable(pool_page));
             self.stable.add_sharer(pool_page);
         }
+        self.places.note(part, first);
         self.changes += u64::from(range_pages(part));
     }
 }
 
-fn pair_continues(a: &Pair, b: &Pair) -> bool {
-    a.page + 1 == b.page && a.partner == b.partner && a.partner_page + 1 == b.partner_page
-}
-
-fn run_len<T>(run: &[T]) -> u32 {
+pub(crate) fn run_len<T>(run: &[T]) -> u32 {
     u32::try_from(run.len()).unwrap_or(u32::MAX)
 }
 
 /// A merge that failed costs its saving and nothing else; the pages are tried again next pass.
-fn report(what: &str, id: RegionId, done: io::Result<()>) {
+pub(crate) fn report(what: &str, id: RegionId, done: io::Result<()>) {
     if let Err(error) = done {
         log::warn!("cannot {what} in region {}: {error}", id.0);
     }

@@ -5,6 +5,12 @@ use std::ops::Range;
 /// Size of a page in bytes. Samepage shares base pages only, as KSM does.
 pub const PAGE_SIZE_BYTES: usize = 4096;
 
+/// Pages in a huge page: those of one page table, on x86-64.
+pub(crate) const HUGE_PAGE_PAGES: u32 = 512;
+
+/// Size of a huge page in bytes.
+pub(crate) const HUGE_PAGE_BYTES: usize = pages_to_bytes(HUGE_PAGE_PAGES);
+
 /// 64-bit words in a page.
 pub const PAGE_WORDS: usize = PAGE_SIZE_BYTES / size_of::<u64>();
 

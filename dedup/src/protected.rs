@@ -7,12 +7,16 @@ use crate::page::{PageRange, PoolPage};
 
 /// A range whose writers wait. Dropping it lets them go on, whatever happened in between: an
 /// error or a panic in the middle of a merge must not leave a vCPU asleep in a fault.
+///
+/// Writers of parts that were swapped wait for the rest too. Waking each part by itself was
+/// rejected: it takes two system calls for each, which for pages that lie alone cost as much as
+/// mapping them.
 #[derive(Debug)]
 pub(crate) struct Protected<'a, B: Backing> {
     backing: &'a B,
     range: PageRange,
-    /// Parts whose writers were woken already, ascending.
-    swapped: Vec<PageRange>,
+    /// Whether a part was mapped anew, and must be registered again.
+    remapped: bool,
 }
 
 impl<'a, B: Backing> Protected<'a, B> {
@@ -21,51 +25,50 @@ impl<'a, B: Backing> Protected<'a, B> {
         let protected = Protected {
             backing,
             range: range.clone(),
-            swapped: Vec::new(),
+            remapped: false,
         };
         backing.protect(range, remapped)?;
         Ok(protected)
     }
 
-    /// Maps pool pages over a part of the range and wakes its writers.
+    /// The pages whose writers wait.
+    pub(crate) fn range(&self) -> &PageRange {
+        &self.range
+    }
+
+    /// Maps pool pages over a part of the range.
     pub(crate) fn share(
         &mut self,
         pool: &B::Pool,
         part: &PageRange,
         first: PoolPage,
     ) -> io::Result<()> {
-        self.backing.share(pool, part.clone(), first)?;
-        self.swapped.push(part.clone());
-        Ok(())
+        self.remapped = true;
+        self.backing.share(pool, part.clone(), first)
     }
 
     /// Drops the private copies of a part of the range, which are equal to the pool pages under
-    /// them, and wakes its writers.
+    /// them.
     pub(crate) fn uncover(&mut self, part: &PageRange) -> io::Result<()> {
-        self.backing.uncover(part.clone())?;
-        self.swapped.push(part.clone());
-        Ok(())
+        self.backing.uncover(part.clone())
     }
 
-    /// Gives back a part of the range, which holds zeros, and wakes its writers.
+    /// Puts one mapping without the pool in place of the whole range, with the same content. `under`
+    /// tells for each page whether it is mapped to the pool.
+    pub(crate) fn rebuild(&mut self, under: &[bool]) -> io::Result<()> {
+        self.remapped = true;
+        self.backing.rebuild(self.range.clone(), under)
+    }
+
+    /// Gives back a part of the range, which holds zeros.
     pub(crate) fn drop_zeros(&mut self, part: &PageRange, in_pool_vma: bool) -> io::Result<()> {
-        self.backing.drop_zeros(part.clone(), in_pool_vma)?;
-        self.swapped.push(part.clone());
-        Ok(())
+        self.remapped |= in_pool_vma;
+        self.backing.drop_zeros(part.clone(), in_pool_vma)
     }
 }
 
 impl<B: Backing> Drop for Protected<'_, B> {
     fn drop(&mut self) {
-        let mut next = self.range.start;
-        for part in std::mem::take(&mut self.swapped) {
-            if next < part.start {
-                self.backing.release(next..part.start);
-            }
-            next = part.end;
-        }
-        if next < self.range.end {
-            self.backing.release(next..self.range.end);
-        }
+        self.backing.release(self.range.clone(), self.remapped);
     }
 }

@@ -1,13 +1,16 @@
 //! What the holder of the worker mutex owns: items, stable pages, unstable candidates, counters.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::backing::{Backing, Pool};
 use crate::dirty::{PageSet, Watch};
+use crate::heal::HEAL_VMAS_MIN;
+use crate::huge::HUGE_PAGE_SHARED_PAGES_MIN;
 use crate::item::PageState;
 use crate::items::Items;
+use crate::keyed::RegionMap;
 use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, pages_to_bytes};
+use crate::places::Places;
 use crate::region::{Entered, Region, RegionId};
 use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
@@ -38,14 +41,20 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) pool: B::Pool,
     pub(crate) stable: StablePages,
     pub(crate) unstable: Unstable,
-    attached: HashMap<RegionId, Attached<B>>,
+    attached: RegionMap<Attached<B>>,
     vmas: u64,
     vma_budget: u64,
     pages_over_vma_budget: u64,
     pub(crate) pages_scanned: u64,
     pub(crate) full_scans: u64,
-    /// Where pages are copied to, to be hashed and compared.
-    pub(crate) scratch: Box<[PageBuf; 2]>,
+    /// Shareable pages of a huge page from which on it is split.
+    pub(crate) huge_page_shared_pages_min: u32,
+    /// Mappings in a block from which on it may be healed.
+    pub(crate) heal_vmas_min: u32,
+    /// What was shared where, to guess by.
+    pub(crate) places: Places,
+    /// Where a page is copied to, to be hashed.
+    pub(crate) scratch: Box<PageBuf>,
     /// Pages that changed their state in this pass: nothing of it means that sleeping is right.
     pub(crate) changes: u64,
 }
@@ -56,13 +65,16 @@ impl<B: Backing> Scanner<B> {
             pool,
             stable: StablePages::new(),
             unstable: Unstable::default(),
-            attached: HashMap::new(),
+            attached: RegionMap::default(),
             vmas: 0,
             vma_budget: u64::from(vma_budget),
             pages_over_vma_budget: 0,
             pages_scanned: 0,
             full_scans: 0,
-            scratch: Box::new([[0; PAGE_WORDS]; 2]),
+            huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
+            heal_vmas_min: HEAL_VMAS_MIN,
+            places: Places::default(),
+            scratch: Box::new([0; PAGE_WORDS]),
             changes: 0,
         }
     }
@@ -186,6 +198,9 @@ impl<B: Backing> Scanner<B> {
             }
         }
         self.stable.reclaim();
+        if self.stable.shared_pages() == 0 {
+            self.places.forget_all();
+        }
     }
 
     /// Whether the VMA budget allows `added` more VMAs for the sake of `pages` pages. The fuller
@@ -256,7 +271,9 @@ impl<B: Backing> Scanner<B> {
             vma_budget: self.vma_budget,
             ..Stats::default()
         };
-        let mut metadata_bytes = self.stable.metadata_bytes() + self.unstable.metadata_bytes();
+        let mut metadata_bytes = self.stable.metadata_bytes()
+            + self.unstable.metadata_bytes()
+            + self.places.metadata_bytes();
         for attached in self.attached.values() {
             let counts = attached.items.counts();
             stats.pages_unshared += u64::from(counts.unshared_pages);

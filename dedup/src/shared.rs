@@ -8,15 +8,16 @@ use std::time::Instant;
 use crate::backing::Backing;
 use crate::control::{Control, Run};
 use crate::dirty::DirtySource;
-use crate::page::range_pages;
+use crate::page::{HUGE_PAGE_PAGES, range_pages};
 use crate::region::{Region, RegionId};
 use crate::ring::{Ring, Unlinked};
 use crate::scanner::Scanner;
 use crate::stats::Stats;
 use crate::sync;
 
-/// Pages between two looks at the exiting flag and at `run`.
-const WINDOW_PAGES: u32 = 512;
+/// Pages between two looks at the exiting flag and at `run`. Windows lie as huge pages do, so that
+/// each is judged as a whole.
+const WINDOW_PAGES: u32 = HUGE_PAGE_PAGES;
 
 /// How a region left its engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +154,7 @@ impl<B: Backing> Shared<B> {
             scanner.collect_dirty(&inside);
         }
         let start = scanner.next_to_visit(id, page).unwrap_or(pages);
-        let window = start..pages.min(start.saturating_add(WINDOW_PAGES));
+        let window = start..pages.min((start / WINDOW_PAGES + 1) * WINDOW_PAGES);
         let end = window.end;
         let full_pages = range_pages(&window);
         let visited = scanner

@@ -1,31 +1,29 @@
 //! Stable pages: content that is shared, found by fingerprint, counted by sharers.
 
-use std::collections::HashMap;
+use hashbrown::HashTable;
 
 use crate::fingerprint::Fingerprint;
 use crate::item::POOL_PAGES_MAX;
 use crate::page::PoolPage;
 use crate::pool_map::PoolMap;
 
-#[derive(Clone, Copy, Debug)]
-struct StablePage {
-    fingerprint: Fingerprint,
-    sharers: u32,
-}
-
-const UNUSED: StablePage = StablePage {
-    fingerprint: Fingerprint(0),
-    sharers: 0,
-};
+/// Pages for which room is made at least when the pool grows.
+const GROWTH_PAGES_MIN: usize = 1024;
 
 /// The stable pages of one domain: KSM's stable tree, as a hash index.
 ///
 /// Two different contents with one fingerprint cannot both be stable; the second stays unshared.
 /// With 64 bits that is a loss of nothing, and never an error: bytes are compared before a merge.
+///
+/// Kept small, because it counts against what is saved: 12 bytes for a stable page, and 5 for its
+/// entry in the index, which names the pool page and finds the fingerprint there.
 #[derive(Debug)]
 pub(crate) struct StablePages {
-    pages: Vec<StablePage>,
-    by_fingerprint: HashMap<Fingerprint, PoolPage>,
+    /// By pool page; meaningless where there are no sharers and none are expected.
+    fingerprints: Vec<Fingerprint>,
+    /// Guest pages that are mapped to each pool page.
+    sharers_of: Vec<u32>,
+    by_fingerprint: HashTable<PoolPage>,
     map: PoolMap,
     /// Pages that lost their last sharer and wait to be punched out of the pool.
     dead: Vec<PoolPage>,
@@ -36,8 +34,9 @@ pub(crate) struct StablePages {
 impl StablePages {
     pub(crate) fn new() -> StablePages {
         StablePages {
-            pages: Vec::new(),
-            by_fingerprint: HashMap::new(),
+            fingerprints: Vec::new(),
+            sharers_of: Vec::new(),
+            by_fingerprint: HashTable::new(),
             map: PoolMap::new(POOL_PAGES_MAX),
             dead: Vec::new(),
             shared_pages: 0,
@@ -56,21 +55,24 @@ impl StablePages {
     }
 
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        let entry = size_of::<(Fingerprint, PoolPage)>() + 1;
-        (self.pages.capacity() * size_of::<StablePage>() + self.by_fingerprint.capacity() * entry)
-            as u64
+        let index = self.by_fingerprint.allocation_size();
+        (self.fingerprints.capacity() * size_of::<Fingerprint>()
+            + self.sharers_of.capacity() * size_of::<u32>()
+            + index) as u64
     }
 
     pub(crate) fn find(&self, fingerprint: Fingerprint) -> Option<PoolPage> {
-        self.by_fingerprint.get(&fingerprint).copied()
+        let is_it = |&page: &PoolPage| self.fingerprint(page) == fingerprint;
+        self.by_fingerprint.find(fingerprint.0, is_it).copied()
     }
 
     pub(crate) fn fingerprint(&self, page: PoolPage) -> Fingerprint {
-        self.pages[page.0 as usize].fingerprint
+        self.fingerprints[page.0 as usize]
     }
 
+    /// Guest pages that share a page; none if nothing is stable there.
     pub(crate) fn sharers_of(&self, page: PoolPage) -> u32 {
-        self.pages[page.0 as usize].sharers
+        self.sharers_of.get(page.0 as usize).copied().unwrap_or(0)
     }
 
     /// Takes up to `pages` consecutive free pages of the pool, to be [`StablePages::insert`]ed or
@@ -78,19 +80,33 @@ impl StablePages {
     pub(crate) fn take_run(&mut self, pages: u32) -> Option<(PoolPage, u32)> {
         let (first, len) = self.map.take_run(pages)?;
         let end = first.0 as usize + len as usize;
-        if self.pages.len() < end {
-            self.pages.resize(end, UNUSED);
-        }
+        self.grow(end);
         Some((first, len))
+    }
+
+    /// Makes room for pages below `end`, by an eighth at a time: doubling would leave up to half of
+    /// the room unused, and it counts against what is saved.
+    fn grow(&mut self, end: usize) {
+        let len = self.fingerprints.len();
+        if end <= len {
+            return;
+        }
+        if end > self.fingerprints.capacity() {
+            let more = (end - len).max(len / 8).max(GROWTH_PAGES_MIN);
+            self.fingerprints.reserve_exact(more);
+            self.sharers_of.reserve_exact(more);
+        }
+        self.fingerprints.resize(end, Fingerprint(0));
+        self.sharers_of.resize(end, 0);
     }
 
     /// Makes a taken page stable, without sharers yet.
     pub(crate) fn insert(&mut self, page: PoolPage, fingerprint: Fingerprint) {
-        self.pages[page.0 as usize] = StablePage {
-            fingerprint,
-            sharers: 0,
-        };
-        self.by_fingerprint.insert(fingerprint, page);
+        self.fingerprints[page.0 as usize] = fingerprint;
+        self.sharers_of[page.0 as usize] = 0;
+        let fingerprints = &self.fingerprints;
+        let hash = |page: &PoolPage| fingerprints[page.0 as usize].0;
+        self.by_fingerprint.insert_unique(fingerprint.0, page, hash);
         self.shared_pages += 1;
     }
 
@@ -100,32 +116,33 @@ impl StablePages {
     }
 
     pub(crate) fn add_sharer(&mut self, page: PoolPage) {
-        self.pages[page.0 as usize].sharers += 1;
+        self.sharers_of[page.0 as usize] += 1;
         self.sharers += 1;
     }
 
     /// Takes one sharer off; the page dies with its last one.
     pub(crate) fn drop_sharer(&mut self, page: PoolPage) {
-        let stable = &mut self.pages[page.0 as usize];
-        debug_assert!(
-            stable.sharers > 0,
-            "pool page {} has no sharer to drop",
-            page.0
-        );
-        stable.sharers -= 1;
+        let sharers = &mut self.sharers_of[page.0 as usize];
+        debug_assert!(*sharers > 0, "pool page {} has no sharer to drop", page.0);
+        *sharers -= 1;
         self.sharers -= 1;
         self.drop_if_unused(page);
     }
 
     /// Lets a stable page die that no region shares (its first sharers failed to be mapped).
     pub(crate) fn drop_if_unused(&mut self, page: PoolPage) {
-        let stable = self.pages[page.0 as usize];
-        if stable.sharers == 0 {
-            self.by_fingerprint.remove(&stable.fingerprint);
-            self.pages[page.0 as usize] = UNUSED;
-            self.shared_pages -= 1;
-            self.dead.push(page);
+        if self.sharers_of(page) > 0 {
+            return;
         }
+        let fingerprint = self.fingerprint(page);
+        if let Ok(entry) = self
+            .by_fingerprint
+            .find_entry(fingerprint.0, |&indexed| indexed == page)
+        {
+            entry.remove();
+        }
+        self.shared_pages -= 1;
+        self.dead.push(page);
     }
 
     /// Dead pages as runs, for the caller to punch and then to [`StablePages::reclaim`].
@@ -142,8 +159,9 @@ impl StablePages {
             self.map.give_back(page);
         }
         if self.shared_pages == 0 {
-            self.pages = Vec::new();
-            self.by_fingerprint.shrink_to_fit();
+            self.fingerprints = Vec::new();
+            self.sharers_of = Vec::new();
+            self.by_fingerprint = HashTable::new();
         }
     }
 }

@@ -1,14 +1,14 @@
 //! Unmerge: every merged page becomes a private page again.
 //!
 //! The kernel's own copy-on-write does it (`MADV_POPULATE_WRITE`), so guests run on and nothing
-//! needs protecting. The VMAs of the pool stay, with private pages in them, until those pages are
-//! merged again or the region goes.
+//! needs protecting. The VMAs of the pool stay, with private pages in them; where there are many,
+//! they are healed.
 
 use std::io;
 
 use crate::backing::Backing;
 use crate::item::PageState;
-use crate::page::PageRange;
+use crate::page::{HUGE_PAGE_PAGES, PageRange};
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 
@@ -28,6 +28,9 @@ impl<B: Backing> Scanner<B> {
             }
             let window = start..pages.min(start.saturating_add(UNSHARE_PAGES));
             self.unmerge_window(inside, window)?;
+        }
+        for block in (0..pages).step_by(HUGE_PAGE_PAGES as usize) {
+            self.heal(inside, block);
         }
         self.publish_region(inside.region);
         Ok(())

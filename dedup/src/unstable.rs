@@ -4,15 +4,14 @@
 //! protection. A page of a region without a dirty source is known for one pass only; a page of a
 //! watched region until it is written to, which shows in its item.
 
-use std::collections::HashMap;
-
 use crate::fingerprint::Fingerprint;
+use crate::keyed::FingerprintMap;
 use crate::region::RegionId;
 
 /// Entries that may be stale before it is worth looking for them.
 const STALE_ENTRIES_MIN: usize = 4096;
 
-type Entries = HashMap<Fingerprint, (RegionId, u32)>;
+type Entries = FingerprintMap<(RegionId, u32)>;
 
 /// The index.
 #[derive(Debug, Default)]
@@ -55,6 +54,12 @@ impl Unstable {
             self.lasting
                 .retain(|fingerprint, &mut (id, page)| is_valid(id, page, fingerprint.checksum()));
             self.lasting_fresh = self.lasting.len();
+        }
+        for entries in [&mut self.passing, &mut self.lasting] {
+            // Room counts against what is saved; a table as full as this one is not rebuilt soon.
+            if entries.capacity() > 3 * entries.len() + STALE_ENTRIES_MIN {
+                entries.shrink_to(entries.len() + entries.len() / 2);
+            }
         }
     }
 

@@ -1,14 +1,15 @@
 //! One window of a region: what became of its pages since the last visit, and what to merge.
 
-use std::collections::HashSet;
 use std::io;
 
 use crate::backing::{Backing, Residency};
-use crate::fingerprint::{Fingerprint, is_zero};
+use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
+use crate::keyed::FingerprintSet;
 use crate::page::{PageRange, PoolPage};
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
+use crate::share::Candidate;
 
 /// A calm page, and a calm page elsewhere that had the same fingerprint when it was visited.
 #[derive(Clone, Copy, Debug)]
@@ -22,15 +23,31 @@ pub(crate) struct Pair {
 /// What a window's visit found worth trying. Ascending by page.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
+    /// Pages not read yet, with the stable page that each is likely to be equal to.
+    pub(crate) guessed: Vec<Candidate>,
     /// Pages that held zeros.
     pub(crate) zeros: Vec<u32>,
     /// Pages whose content is stable already.
-    pub(crate) stable: Vec<(u32, PoolPage)>,
+    pub(crate) stable: Vec<Candidate>,
     /// Pages that would found a stable page together with a partner.
     pub(crate) pairs: Vec<Pair>,
     /// Pages with the content of one of the pairs: to be looked up again once those are merged.
     pub(crate) deferred: Vec<(u32, Fingerprint)>,
-    founding: HashSet<Fingerprint>,
+    founding: FingerprintSet,
+}
+
+impl Plan {
+    /// Every page that is to be tried, in no order.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = u32> {
+        let candidates = self.guessed.iter().chain(&self.stable);
+        let merging = candidates
+            .map(|&(page, _)| page)
+            .chain(self.zeros.iter().copied());
+        let founding = self.pairs.iter().map(|pair| pair.page);
+        merging
+            .chain(founding)
+            .chain(self.deferred.iter().map(|&(page, _)| page))
+    }
 }
 
 impl<B: Backing> Scanner<B> {
@@ -47,7 +64,9 @@ impl<B: Backing> Scanner<B> {
         };
         self.pages_scanned += u64::from(visited);
         self.merge(inside, &mut plan);
+        let page = window.start;
         self.settle_watched(inside, window);
+        self.heal(inside, page);
         self.reclaim();
         self.publish_region(inside.region);
         Ok(visited)
@@ -122,9 +141,43 @@ impl<B: Backing> Scanner<B> {
 
     /// A page's fingerprint, and whether it holds only zeros.
     pub(crate) fn read_page(&mut self, inside: &Entered<'_, B>, page: u32) -> (Fingerprint, bool) {
-        let [content, _] = &mut *self.scratch;
+        if inside.backing().is_zero(page) {
+            return (Fingerprint::of_zeros(), true);
+        }
+        let content = &mut *self.scratch;
         inside.backing().read(page, content);
-        (Fingerprint::of(content), is_zero(content))
+        (Fingerprint::of(content), false)
+    }
+
+    /// Reads a calm page of a watched region, and finds out what it could be merged with.
+    pub(crate) fn read_and_plan(&mut self, inside: &Entered<'_, B>, page: u32, plan: &mut Plan) {
+        let id = inside.region.id();
+        let read = self.read_page(inside, page);
+        let checksum = read.0.checksum();
+        self.items(id)
+            .set_state(page, PageState::Volatile { checksum });
+        self.plan_calm(id, page, read, plan);
+    }
+
+    /// The stable page that a page is likely to be equal to: the one after its neighbour's, else
+    /// the one that was shared at this place before. Only if the page begins like it.
+    pub(crate) fn guess(
+        &self,
+        inside: &Entered<'_, B>,
+        page: u32,
+        plan: &Plan,
+    ) -> Option<PoolPage> {
+        let neighbours = [plan.guessed.last(), plan.stable.last()];
+        let next = neighbours
+            .into_iter()
+            .flatten()
+            .find(|&&(before, _)| before + 1 == page)
+            .map(|&(_, pool_page)| pool_page.plus(1));
+        [next, self.places.at(page)]
+            .into_iter()
+            .flatten()
+            .filter(|&pool_page| self.stable.sharers_of(pool_page) > 0)
+            .find(|&pool_page| inside.backing().may_equal_pool(page, &self.pool, pool_page))
     }
 
     /// Finds out what a calm page could be merged with.

@@ -91,11 +91,13 @@ impl<B: Backing> Scanner<B> {
             // A merged page that is private was given its copy by an unmerge that failed.
             self.unshared_by_guest(id, page);
             self.changes += 1;
-            let read = self.read_page(inside, page);
-            let checksum = read.0.checksum();
-            self.items(id)
-                .set_state(page, PageState::Volatile { checksum });
-            self.plan_calm(id, page, read, plan);
+            if let Some(pool_page) = self.guess(inside, page, plan) {
+                self.items(id)
+                    .set_state(page, PageState::Volatile { checksum: 0 });
+                plan.guessed.push((page, pool_page));
+            } else {
+                self.read_and_plan(inside, page, plan);
+            }
         } else {
             self.items(id).set_state(page, PageState::Untracked);
         }

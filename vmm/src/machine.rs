@@ -78,7 +78,8 @@ impl Machine {
         outside: &Outside,
     ) -> Result<Machine, StartError> {
         let engine = config.samepage.merge.then_some(&host.engine);
-        let ram = Ram::new(config.mem_size_bytes(), engine)?;
+        let huge_pages = config.machine_config.huge_pages;
+        let ram = Ram::with_pages(config.mem_size_bytes(), huge_pages, engine)?;
         match assemble_over(host, config, outside, &ram) {
             Ok((vcpus, subscribers, platform, vm)) => {
                 ram.log_dirty(&vm);

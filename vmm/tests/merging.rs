@@ -5,6 +5,7 @@ mod guest;
 use std::time::{Duration, Instant};
 
 use guest::{LONG, Lab, skip};
+use vmm::config::HugePages;
 use vmm::{EndReason, GuestReport, VmConfig, VmId};
 
 fn pageload(args: &str, merge: bool) -> VmConfig {
@@ -70,5 +71,38 @@ fn pages_are_merged_under_running_guests_and_stay_what_they_are() {
         assert_eq!(merging(vm), 0, "{vm} after unmerge");
         lab.monitor.stop(vm).unwrap();
         assert_eq!(lab.end(vm), EndReason::Stopped);
+    }
+}
+
+#[test]
+fn huge_pages_are_merged_under_running_guests_too() {
+    if skip() {
+        return;
+    }
+    let lab = Lab::new();
+    let engine = lab.monitor.engine();
+    engine.set_run(dedup::Run::Merge).unwrap();
+    let vms: Vec<VmId> = (0..2)
+        .map(|seed| {
+            let args = format!("seed={seed} shared=80 zero=10 private=10 passes=0 pace_ms=5");
+            let mut config = pageload(&args, true);
+            config.machine_config.huge_pages = HugePages::Transparent;
+            lab.start(&format!("huge{seed}"), config)
+        })
+        .collect();
+    let merging = |vm: &VmId| lab.monitor.merge_stats(vm).unwrap().pages_merging;
+    wait_until("both are merged", || {
+        vms.iter().all(|vm| merging(vm) > 1000)
+    });
+    let passes = |vm: &VmId| report(&lab, vm).verify_passes;
+    let before: Vec<u64> = vms.iter().map(&passes).collect();
+    wait_until("two more passes", || {
+        vms.iter()
+            .zip(&before)
+            .all(|(vm, before)| passes(vm) >= before + 2)
+    });
+    for vm in &vms {
+        assert_eq!(report(&lab, vm).verify_errors, 0, "{vm}");
+        lab.monitor.stop(vm).unwrap();
     }
 }

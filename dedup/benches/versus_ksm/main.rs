@@ -14,12 +14,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use dedup::PAGE_SIZE_BYTES;
 use measure::Figures;
-use peer::{Ksm, MaxMapCount, Off, Peer, Samepage};
+use peer::{Ksm, MaxMapCount, Off, Peer, Samepage, warm_up};
 use report::Report;
 use workload::Workload;
 
 const MIB_PAGES: usize = 256;
+
+/// More than any workload and its pool take.
+const WARM_UP_PAGES: usize = 4096 * MIB_PAGES;
 
 /// What the command line asks for.
 struct Options {
@@ -112,6 +116,21 @@ fn cases(quick: bool) -> Vec<Case> {
             Workload::image(many.0, many.1),
         ),
         case(
+            "clones-huge.2x256",
+            Measure::Merge,
+            Workload::clones(few.0, few.1).huge(),
+        ),
+        case(
+            "clones-huge.16x128",
+            Measure::Merge,
+            Workload::clones(many.0, many.1).huge(),
+        ),
+        case(
+            "image-huge.16x128",
+            Measure::Merge,
+            Workload::image(many.0, many.1).huge(),
+        ),
+        case(
             "calm",
             Measure::Calm,
             Workload::clones(8, 64 * MIB_PAGES / scale),
@@ -148,6 +167,7 @@ fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
 
 fn bench(options: &Options) -> io::Result<()> {
     let _raised = MaxMapCount::raise()?;
+    warm_up(WARM_UP_PAGES * PAGE_SIZE_BYTES / if options.quick { 4 } else { 1 })?;
     let mut report = Report::default();
     for case in cases(options.quick) {
         if options

@@ -40,8 +40,15 @@ pub(crate) trait Peer {
     fn exit_one(&mut self);
 }
 
-fn filled(contents: &[u64]) -> io::Result<Mapping> {
-    let mapping = Mapping::new(contents.len() * PAGE_SIZE_BYTES).map_err(io::Error::other)?;
+fn filled(workload: &Workload, region: usize) -> io::Result<Mapping> {
+    let contents = &workload.regions[region];
+    let size_bytes = contents.len() * PAGE_SIZE_BYTES;
+    let mapping = if workload.has_huge_pages {
+        Mapping::with_huge_pages(size_bytes)
+    } else {
+        Mapping::new(size_bytes)
+    }
+    .map_err(io::Error::other)?;
     for (page, &content) in contents.iter().enumerate() {
         let words = mapping
             .as_ptr()
@@ -116,14 +123,15 @@ impl Samepage {
                 pages_to_scan: 20_000,
                 sleep_millisecs: 0,
             },
-            vma_budget: None,
+            ..Settings::default()
         };
         let engine = Engine::new(&settings).map_err(io::Error::other)?;
         let task = task_named("/proc/self/task", "dedup")?;
         let (mut regions, mut written) = (Vec::new(), Vec::new());
-        for contents in &workload.regions {
+        for region in 0..workload.regions.len() {
             let source = Written(Arc::default());
-            let region = engine.register_watched(filled(contents)?, Box::new(source.clone()));
+            let mapping = filled(workload, region)?;
+            let region = engine.register_watched(mapping, Box::new(source.clone()));
             regions.push(region.map_err(io::Error::other)?);
             written.push(source);
         }
@@ -270,8 +278,8 @@ impl Ksm {
             set(name, value)?;
         }
         let mut regions = Vec::new();
-        for contents in &workload.regions {
-            let mapping = filled(contents)?;
+        for region in 0..workload.regions.len() {
+            let mapping = filled(workload, region)?;
             // SAFETY: the range is the mapping's own; the advice changes no content.
             let advised = unsafe {
                 libc::madvise(
@@ -341,6 +349,16 @@ impl Peer for Ksm {
     }
 }
 
+/// Touches as much memory as the measurements need, and gives it back. On a virtual host the first
+/// use of a page costs ten times what merging it does, and the engine that runs first would pay.
+pub(crate) fn warm_up(size_bytes: usize) -> io::Result<()> {
+    let mapping = Mapping::new(size_bytes).map_err(io::Error::other)?;
+    for page in 0..size_bytes / PAGE_SIZE_BYTES {
+        write_word(mapping.as_ptr().cast(), page, 0, 1);
+    }
+    Ok(())
+}
+
 /// Memory that nobody merges.
 pub(crate) struct Off {
     regions: Vec<Mapping>,
@@ -349,10 +367,8 @@ pub(crate) struct Off {
 impl Off {
     pub(crate) fn new(workload: &Workload) -> io::Result<Off> {
         Ok(Off {
-            regions: workload
-                .regions
-                .iter()
-                .map(|c| filled(c))
+            regions: (0..workload.regions.len())
+                .map(|region| filled(workload, region))
                 .collect::<Result<_, _>>()?,
         })
     }

@@ -11,6 +11,8 @@ pub(crate) type Content = u64;
 #[derive(Debug, Clone)]
 pub(crate) struct Workload {
     pub(crate) regions: Vec<Vec<Content>>,
+    /// Whether the memory is in transparent huge pages before anything is merged.
+    pub(crate) has_huge_pages: bool,
 }
 
 /// What the contents allow to be shared.
@@ -27,6 +29,15 @@ impl Workload {
     pub(crate) fn clones(regions: usize, pages: usize) -> Workload {
         Workload {
             regions: vec![(1..=pages as u64).collect(); regions],
+            has_huge_pages: false,
+        }
+    }
+
+    /// The same in transparent huge pages.
+    pub(crate) fn huge(self) -> Workload {
+        Workload {
+            has_huge_pages: true,
+            ..self
         }
     }
 
@@ -40,7 +51,10 @@ impl Workload {
                 contents
             })
             .collect();
-        Workload { regions }
+        Workload {
+            regions,
+            has_huge_pages: false,
+        }
     }
 
     /// VMs of one image: 25 % zeros, 45 % same place, 15 % elsewhere in runs of 1 to 32, 15 % unique.
@@ -62,7 +76,10 @@ impl Workload {
                 contents
             })
             .collect();
-        Workload { regions }
+        Workload {
+            regions,
+            has_huge_pages: false,
+        }
     }
 
     pub(crate) fn oracle(&self) -> Oracle {

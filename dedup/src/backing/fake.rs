@@ -25,8 +25,25 @@ pub(crate) enum FakePage {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct FakePool {
     pages: Arc<Mutex<Vec<Option<Content>>>>,
-    /// A region whose exit frees its pages just after the next write to the pool.
-    dying: Arc<Mutex<Option<FakeMemory>>>,
+    /// What happens in the middle of a merge.
+    interruption: Arc<Mutex<Option<Interruption>>>,
+}
+
+/// Where a merge can be interrupted by an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// While a run is copied into the pool, after its first page.
+    Fill,
+    /// While pages of two regions are compared, after the first pair.
+    Compare,
+}
+
+struct Interruption(Moment, Box<dyn FnOnce() + Send>);
+
+impl std::fmt::Debug for Interruption {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Interruption({:?})", self.0)
+    }
 }
 
 impl FakePool {
@@ -37,22 +54,12 @@ impl FakePool {
             .flatten()
     }
 
-    /// Lets a region free its pages in the middle of the next merge.
-    pub(crate) fn free_after_write(&self, dying: FakeMemory) {
-        *sync::lock(&self.dying) = Some(dying);
+    /// Lets something happen in the middle of the next merge.
+    pub(crate) fn interrupt(&self, moment: Moment, with: impl FnOnce() + Send + 'static) {
+        *sync::lock(&self.interruption) = Some(Interruption(moment, Box::new(with)));
     }
 
-    pub(crate) fn used_pages(&self) -> usize {
-        sync::lock(&self.pages).iter().flatten().count()
-    }
-}
-
-impl Pool for FakePool {
-    fn read(&self, page: PoolPage, into: &mut PageBuf) {
-        *into = [self.content(page).unwrap_or(0); PAGE_WORDS];
-    }
-
-    fn write(&self, page: PoolPage, content: &PageBuf) -> io::Result<()> {
+    fn fill(&self, page: PoolPage, content: Content) {
         let mut pages = sync::lock(&self.pages);
         let index = page.0 as usize;
         if pages.len() <= index {
@@ -62,15 +69,22 @@ impl Pool for FakePool {
             pages[index], None,
             "pool page {index} is written to while in use"
         );
-        pages[index] = Some(content[0]);
-        drop(pages);
-        let dying = sync::lock(&self.dying).take();
-        if let Some(dying) = dying {
-            dying.free_all();
-        }
-        Ok(())
+        pages[index] = Some(content);
     }
 
+    fn reach(&self, moment: Moment) {
+        let due = sync::lock(&self.interruption).take_if(|due| due.0 == moment);
+        if let Some(Interruption(_, happen)) = due {
+            happen();
+        }
+    }
+
+    pub(crate) fn used_pages(&self) -> usize {
+        sync::lock(&self.pages).iter().flatten().count()
+    }
+}
+
+impl Pool for FakePool {
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
         let mut all = sync::lock(&self.pages);
         for index in first.0..first.0 + pages {
@@ -97,6 +111,8 @@ pub(crate) struct FakeMemory {
     racing: Arc<Mutex<Vec<(u32, Content)>>>,
     /// The kernel moves pages about, and says of each that it is swapped.
     pub(crate) moving: Arc<AtomicBool>,
+    /// The whole region is one huge page.
+    pub(crate) is_huge: Arc<AtomicBool>,
     /// Its exit has freed its pages: nobody looks at them any more.
     freed: Arc<AtomicBool>,
     /// Pages written to since the source was asked last.
@@ -126,6 +142,7 @@ impl FakeMemory {
             calls_left: Arc::new(AtomicU32::new(u32::MAX)),
             racing: Arc::default(),
             moving: Arc::default(),
+            is_huge: Arc::default(),
             freed: Arc::default(),
             written: Arc::default(),
         }
@@ -225,8 +242,50 @@ impl Backing for FakeMemory {
         Ok(())
     }
 
+    fn has_huge_page(&self, _range: PageRange) -> io::Result<bool> {
+        Ok(self.is_huge.load(Ordering::Relaxed))
+    }
+
+    fn split_huge_page(&self, _page: u32) -> io::Result<()> {
+        self.is_huge.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn read(&self, page: u32, into: &mut PageBuf) {
         *into = [self.content(page); PAGE_WORDS];
+    }
+
+    fn is_zero(&self, page: u32) -> bool {
+        self.content(page) == 0
+    }
+
+    fn equals(&self, page: u32, other: &FakeMemory, other_page: u32) -> bool {
+        let are_equal = self.content(page) == other.content(other_page);
+        self.pool.reach(Moment::Compare);
+        are_equal
+    }
+
+    fn equals_pool(&self, page: u32, pool: &FakePool, pool_page: PoolPage) -> bool {
+        Some(self.content(page)) == pool.content(pool_page)
+    }
+
+    fn may_equal_pool(&self, page: u32, pool: &FakePool, pool_page: PoolPage) -> bool {
+        // Wrong now and then, as the look at the first bytes is.
+        let stable = pool.content(pool_page).unwrap_or(0);
+        self.content(page) & 1 == stable & 1
+    }
+
+    fn fill(&self, range: PageRange, pool: &FakePool, first: PoolPage) -> io::Result<()> {
+        for page in range.clone() {
+            self.call()?;
+            assert!(
+                sync::lock(&self.protected)[page as usize],
+                "a stable page is filled from a page that may change"
+            );
+            pool.fill(first.plus(page - range.start), self.content(page));
+            pool.reach(Moment::Fill);
+        }
+        Ok(())
     }
 
     fn protect(&self, range: PageRange, _remapped: bool) -> io::Result<()> {
@@ -235,7 +294,7 @@ impl Backing for FakeMemory {
         Ok(())
     }
 
-    fn release(&self, range: PageRange) {
+    fn release(&self, range: PageRange, _remapped: bool) {
         self.set_protected(range, false);
     }
 
@@ -252,10 +311,13 @@ impl Backing for FakeMemory {
                 is_same || self.freed.load(Ordering::Relaxed),
                 "page {page} is changed"
             );
+            assert!(
+                !self.is_huge.load(Ordering::Relaxed),
+                "a part of a huge page is not given back"
+            );
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
             sync::lock(&self.under)[page as usize] = Some(pool_page);
         }
-        self.set_protected(range, false);
         Ok(())
     }
 
@@ -271,7 +333,24 @@ impl Backing for FakeMemory {
             assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
         }
-        self.set_protected(range, false);
+        Ok(())
+    }
+
+    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
+        self.call()?;
+        for (page, &is_under) in range.zip(under) {
+            assert!(
+                sync::lock(&self.protected)[page as usize],
+                "rebuilt without protection"
+            );
+            let content = self.content(page);
+            let pool_page = sync::lock(&self.under)[page as usize].take();
+            assert_eq!(pool_page.is_some(), is_under);
+            let is_absent = self.page(page) == FakePage::Absent;
+            if !is_absent {
+                sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
+            }
+        }
         Ok(())
     }
 
@@ -287,7 +366,6 @@ impl Backing for FakeMemory {
             );
             sync::lock(&self.pages)[page as usize] = FakePage::Absent;
         }
-        self.set_protected(range, false);
         Ok(())
     }
 

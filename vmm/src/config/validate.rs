@@ -99,8 +99,8 @@ impl VmConfig {
         }
         supported("track_dirty_pages: true", !machine.track_dirty_pages)?;
         supported(
-            "huge_pages other than \"None\"",
-            machine.huge_pages == HugePages::None,
+            "huge_pages: \"2M\"",
+            machine.huge_pages != HugePages::Hugetlbfs2M,
         )?;
         match machine.cpu_template.as_deref() {
             None | Some("None") => Ok(()),
@@ -286,6 +286,7 @@ mod tests {
         );
         assert!(fault(&machine(3, 128, r#", "smt": true"#)).starts_with("vcpu_count: 3 is odd"));
         assert!(fault(&machine(1, 128, r#", "huge_pages": "2M""#)).starts_with("huge_pages"));
+        assert!(fault(&machine(1, 128, r#", "huge_pages": "4M""#)).contains("4M"));
         assert!(fault(&machine(1, 128, r#", "cpu_template": "T2""#)).contains("\"T2\""));
     }
 

@@ -11,8 +11,9 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 use super::GuestMemory;
 use super::dirty_log::DirtyLog;
 use super::layout::ram_ranges;
+use crate::config::HugePages;
 
-/// Errors of [`Ram::new`].
+/// Errors of [`Ram::with_pages`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RamError {
@@ -60,11 +61,26 @@ pub(crate) struct Ram {
 pub(crate) struct StillInUse;
 
 impl Ram {
-    /// Maps `size_bytes` of guest memory; with an engine, the memory is merged from now on.
+    /// Guest memory in base pages.
+    #[cfg(test)]
     pub(crate) fn new(size_bytes: u64, engine: Option<&Engine>) -> Result<Ram, RamError> {
+        Ram::with_pages(size_bytes, HugePages::None, engine)
+    }
+
+    /// Maps `size_bytes` of guest memory in pages of the size that the configuration asks for; with
+    /// an engine, the memory is merged from now on.
+    pub(crate) fn with_pages(
+        size_bytes: u64,
+        huge_pages: HugePages,
+        engine: Option<&Engine>,
+    ) -> Result<Ram, RamError> {
         let size =
             usize::try_from(size_bytes).map_err(|error| RamError::Guest(error.to_string()))?;
-        let mapping = Mapping::new(size).map_err(|error| RamError::Map { size_bytes, error })?;
+        let mapping = match huge_pages {
+            HugePages::Transparent => Mapping::with_huge_pages(size),
+            HugePages::None | HugePages::Hugetlbfs2M => Mapping::new(size),
+        };
+        let mapping = mapping.map_err(|error| RamError::Map { size_bytes, error })?;
         let memory = guest_memory(&mapping)?;
         let (backing, dirty_log) = match engine {
             Some(engine) => {

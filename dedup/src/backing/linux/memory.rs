@@ -1,13 +1,15 @@
 //! A region's memory as the kernel keeps it.
 
 use std::io;
+use std::ptr;
 use std::sync::Arc;
 
 use super::pagemap::Pagemap;
 use super::{LinuxPool, Userfaultfd, check};
 use crate::backing::{Backing, Residency};
 use crate::mapping::Mapping;
-use crate::page::{PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
+use crate::page::{PAGE_SIZE_BYTES, PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
+use crate::racing::{page_is_zero, pages_are_equal, pages_may_be_equal};
 
 /// A reserved range, registered for write protection.
 #[derive(Debug)]
@@ -66,20 +68,50 @@ impl LinuxMemory {
         }
     }
 
+    /// Moves a mapping with everything in it over `range`: one step for those who read it.
+    fn move_here(&self, staging: Mapping, range: &PageRange) -> io::Result<()> {
+        let (start, len_bytes) = self.span(range);
+        // SAFETY:
+        // - `span` checked that the range lies inside the reserved range, which is ours alone.
+        // - `staging` has the same size, and is given up below without being unmapped.
+        let moved = unsafe {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            libc::mremap(staging.as_ptr().cast(), len_bytes, len_bytes, flags, start)
+        };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        std::mem::forget(staging);
+        Ok(())
+    }
+
     fn advise(&self, range: &PageRange, advice: libc::c_int) -> io::Result<()> {
         let (start, len_bytes) = self.span(range);
         // SAFETY:
         // - `span` checked that the range lies inside the reserved range, which is ours alone.
         // - The advice given here drops pages that hold zeros or belong to no guest any more
-        //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is (`MADV_POPULATE_WRITE`).
+        //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is
+        //   (`MADV_POPULATE_WRITE`, `MADV_COLD`).
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
     }
 
-    fn wake(&self, range: &PageRange) {
+    /// What is left to do for writers when a release fails as a whole: a vCPU that sleeps in the
+    /// range must wake up, whatever else is wrong.
+    fn release_each(&self, range: &PageRange) {
+        for page in range.clone() {
+            let (start, len_bytes) = self.span(&(page..page + 1));
+            // Fails where nothing is registered, and then nothing is protected either.
+            let _ = self.userfaultfd.release(start, len_bytes);
+        }
         let (start, len_bytes) = self.span(range);
         if let Err(error) = self.userfaultfd.wake(start, len_bytes) {
             log::error!("cannot wake writers of pages {range:?}: {error}");
         }
+    }
+
+    fn page_address(&self, page: u32) -> *const u8 {
+        let (start, _) = self.span(&(page..page + 1));
+        start
     }
 }
 
@@ -98,8 +130,51 @@ impl Backing for LinuxMemory {
         self.pagemap.scan(&self.mapping, range, found)
     }
 
+    fn has_huge_page(&self, range: PageRange) -> io::Result<bool> {
+        if !self.mapping.has_huge_pages() {
+            return Ok(false);
+        }
+        self.pagemap.has_huge_page(&self.mapping, &range)
+    }
+
+    fn split_huge_page(&self, page: u32) -> io::Result<()> {
+        // To call a part of a huge page cold makes the kernel split it (`mm/madvise.c`,
+        // `madvise_cold_or_pageout_pte_range`). Unmapping a part alone would not give it back: the
+        // whole huge page stays until memory is short (`deferred_split_folio`).
+        self.advise(&(page..page + 1), libc::MADV_COLD)
+    }
+
     fn read(&self, page: u32, into: &mut PageBuf) {
         self.mapping.read_page(page, into);
+    }
+
+    fn is_zero(&self, page: u32) -> bool {
+        // SAFETY: a whole, aligned page of a reserved range.
+        unsafe { page_is_zero(self.page_address(page)) }
+    }
+
+    fn equals(&self, page: u32, other: &LinuxMemory, other_page: u32) -> bool {
+        let (mine, theirs) = (self.page_address(page), other.page_address(other_page));
+        // SAFETY: both are whole, aligned pages of reserved ranges.
+        unsafe { pages_are_equal(mine, theirs) }
+    }
+
+    fn equals_pool(&self, page: u32, pool: &LinuxPool, pool_page: PoolPage) -> bool {
+        let (mine, stable) = (self.page_address(page), pool.page_address(pool_page));
+        // SAFETY: both are whole, aligned pages, of a reserved range and of the pool's view.
+        unsafe { pages_are_equal(mine, stable) }
+    }
+
+    fn may_equal_pool(&self, page: u32, pool: &LinuxPool, pool_page: PoolPage) -> bool {
+        let (mine, stable) = (self.page_address(page), pool.page_address(pool_page));
+        // SAFETY: both are whole, aligned pages, of a reserved range and of the pool's view.
+        unsafe { pages_may_be_equal(mine, stable) }
+    }
+
+    fn fill(&self, range: PageRange, pool: &LinuxPool, first: PoolPage) -> io::Result<()> {
+        let (start, len_bytes) = self.span(&range);
+        // SAFETY: `span` checked that the range lies inside the reserved range.
+        unsafe { pool.fill(first, start, len_bytes) }
     }
 
     fn protect(&self, range: PageRange, remapped: bool) -> io::Result<()> {
@@ -110,54 +185,68 @@ impl Backing for LinuxMemory {
         self.userfaultfd.protect(start, len_bytes)
     }
 
-    fn release(&self, range: PageRange) {
+    fn release(&self, range: PageRange, remapped: bool) {
         let (start, len_bytes) = self.span(&range);
-        if let Err(error) = self.userfaultfd.release(start, len_bytes) {
-            // The range was registered before it was protected, so this can't fail for a range
-            // that was; waking is what matters to a vCPU that sleeps in it.
-            log::error!("cannot release pages {range:?}: {error}");
-            self.wake(&range);
+        // Registered first: a release stops at a mapping that is not, and leaves those who wait
+        // behind it asleep.
+        let registered = match remapped {
+            true => self.userfaultfd.register(start, len_bytes),
+            false => Ok(()),
+        };
+        let released = registered.and_then(|()| self.userfaultfd.release(start, len_bytes));
+        if let Err(error) = released {
+            log::error!("cannot release pages {range:?}, going page by page: {error}");
+            self.release_each(&range);
         }
     }
 
     fn share(&self, pool: &LinuxPool, range: PageRange, first: PoolPage) -> io::Result<()> {
-        self.remap(&range, Some((pool, first)))?;
-        // At once, though nobody protects it soon: a release of protected neighbours on both
-        // sides stops at a mapping that is not registered, and leaves their writers asleep.
-        let (start, len_bytes) = self.span(&range);
-        if let Err(error) = self.userfaultfd.register(start, len_bytes) {
-            log::error!("cannot register pages {range:?} again: {error}");
-        }
-        self.wake(&range);
-        Ok(())
+        self.remap(&range, Some((pool, first)))
     }
 
     fn uncover(&self, range: PageRange) -> io::Result<()> {
-        self.advise(&range, libc::MADV_DONTNEED)?;
-        // Not just woken: in a file mapping the kernel keeps the protection of a dropped page as a
-        // marker (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), and its next writer would wait
-        // for ever.
-        self.release(range);
-        Ok(())
+        // In a file mapping the kernel keeps the protection of a dropped page as a marker
+        // (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), which the release takes away.
+        self.advise(&range, libc::MADV_DONTNEED)
+    }
+
+    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
+        let (_, len_bytes) = self.span(&range);
+        let staging = Mapping::new(len_bytes).map_err(io::Error::other)?;
+        let mut found = Vec::new();
+        self.residency(range.clone(), &mut found)?;
+        let mut has_content = under.to_vec();
+        for (pages, residency) in found {
+            // Pages that are swapped out, or just being moved, are read back in.
+            if residency != Residency::ZeroPage {
+                has_content
+                    [(pages.start - range.start) as usize..(pages.end - range.start) as usize]
+                    .fill(true);
+            }
+        }
+        for (page, _) in (0..)
+            .zip(has_content)
+            .filter(|&(_, has_content)| has_content)
+        {
+            let from = self.page_address(range.start + page);
+            // SAFETY: both are whole, aligned pages, of a reserved range and of the staging one,
+            // which nobody else knows; the caller has stopped the writers of the former.
+            unsafe { ptr::copy_nonoverlapping(from, staging.address(page), PAGE_SIZE_BYTES) };
+        }
+        self.move_here(staging, &range)
     }
 
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
-        if in_pool_vma {
-            self.remap(&range, None)?;
-            // The range must stay protectable, and declined for huge pages as the rest is.
-            let (start, len_bytes) = self.span(&range);
-            if let Err(error) = self.userfaultfd.register(start, len_bytes) {
-                log::error!("cannot register pages {range:?} again: {error}");
-            }
-            if let Err(error) = self.advise(&range, libc::MADV_NOHUGEPAGE)
-                && error.raw_os_error() != Some(libc::EINVAL)
-            {
-                log::error!("cannot decline huge pages for pages {range:?}: {error}");
-            }
-        } else {
-            self.advise(&range, libc::MADV_DONTNEED)?;
+        if !in_pool_vma {
+            return self.advise(&range, libc::MADV_DONTNEED);
         }
-        self.wake(&range);
+        self.remap(&range, None)?;
+        // Declined for huge pages as the rest is.
+        if let Err(error) = self.advise(&range, libc::MADV_NOHUGEPAGE)
+            && error.raw_os_error() != Some(libc::EINVAL)
+        {
+            log::error!("cannot decline huge pages for pages {range:?}: {error}");
+        }
         Ok(())
     }
 

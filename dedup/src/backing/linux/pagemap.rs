@@ -5,10 +5,12 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use linux_raw_sys::general::{
-    PAGE_IS_FILE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, page_region, pm_scan_arg,
+    PAGE_IS_FILE, PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, page_region,
+    pm_scan_arg,
 };
 
 use crate::backing::Residency;
@@ -21,6 +23,12 @@ const PAGEMAP_SCAN: libc::c_ulong =
 
 /// Ranges fetched by one call.
 const REGIONS_PER_CALL: usize = 128;
+
+const NOTHING: page_region = page_region {
+    start: 0,
+    end: 0,
+    categories: 0,
+};
 
 /// This process's `/proc/self/pagemap`.
 #[derive(Debug)]
@@ -45,12 +53,9 @@ impl Pagemap {
         let end = mapping.address(range.end).addr() as u64;
         let mut start = mapping.address(range.start).addr() as u64;
         while start < end {
-            let mut regions = [page_region {
-                start: 0,
-                end: 0,
-                categories: 0,
-            }; REGIONS_PER_CALL];
-            let (filled, walk_end) = self.scan_once(start, end, &mut regions)?;
+            let mut regions = [NOTHING; REGIONS_PER_CALL];
+            let categories = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+            let (filled, walk_end) = self.scan_once(start..end, categories, &mut regions)?;
             for region in &regions[..filled] {
                 if let Some(residency) = residency(region.categories) {
                     found.push((page_of(region.start)..page_of(region.end), residency));
@@ -64,12 +69,22 @@ impl Pagemap {
         Ok(())
     }
 
+    /// Whether a huge page lies in `range` of `mapping`, in whole or in part.
+    pub(crate) fn has_huge_page(&self, mapping: &Mapping, range: &PageRange) -> io::Result<bool> {
+        let start = mapping.address(range.start).addr() as u64;
+        let end = mapping.address(range.end).addr() as u64;
+        let (filled, _) = self.scan_once(start..end, PAGE_IS_HUGE, &mut [NOTHING])?;
+        Ok(filled > 0)
+    }
+
+    /// Finds pages of any of the `categories`.
     fn scan_once(
         &self,
-        start: u64,
-        end: u64,
+        addresses: Range<u64>,
+        categories: u32,
         regions: &mut [page_region],
     ) -> io::Result<(usize, u64)> {
+        let Range { start, end } = addresses;
         let mut request = pm_scan_arg {
             size: size_of::<pm_scan_arg>() as u64,
             flags: 0,
@@ -81,7 +96,7 @@ impl Pagemap {
             max_pages: 0,
             category_inverted: 0,
             category_mask: 0,
-            category_anyof_mask: u64::from(PAGE_IS_PRESENT | PAGE_IS_SWAPPED),
+            category_anyof_mask: u64::from(categories),
             return_mask: u64::from(
                 PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_FILE | PAGE_IS_PFNZERO,
             ),

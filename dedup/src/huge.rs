@@ -1,0 +1,118 @@
+//! Huge pages: split only where enough of one can be shared.
+//!
+//! A huge page makes its guest faster, and merging any part of it takes that away for the whole of
+//! it. So the pages of one are merged together or not at all. KSM splits a huge page for the first
+//! page that it merges (`mm/ksm.c`, `try_to_merge_one_page`).
+
+use std::collections::BTreeSet;
+
+use crate::backing::Backing;
+use crate::item::PageState;
+use crate::page::{HUGE_PAGE_PAGES, PageRange};
+use crate::region::{Entered, RegionId};
+use crate::scanner::Scanner;
+use crate::visit::Plan;
+
+/// Shareable pages of a huge page's 512 from which on it is split, unless the settings say
+/// otherwise: half of it must come back.
+pub(crate) const HUGE_PAGE_SHARED_PAGES_MIN: u32 = HUGE_PAGE_PAGES / 2;
+
+/// The huge page, or what would be one, that a page lies in.
+pub(crate) fn block_of(page: u32) -> PageRange {
+    let start = page / HUGE_PAGE_PAGES * HUGE_PAGE_PAGES;
+    start..start + HUGE_PAGE_PAGES
+}
+
+impl<B: Backing> Scanner<B> {
+    /// Makes the planned pages ready to be merged one by one: splits the huge page they are part
+    /// of, or leaves them out if they are too few. A plan is about one block.
+    pub(crate) fn split_for(&mut self, inside: &Entered<'_, B>, plan: &mut Plan) {
+        let Some(page) = plan.pages().next() else {
+            return;
+        };
+        if !self.has_huge_page(inside, &block_of(page)) {
+            return;
+        }
+        if plan.pages().count() < self.huge_page_shared_pages_min as usize {
+            self.plan_left_out(inside, &block_of(page), plan);
+        }
+        let is_whole = [plan.guessed.len(), plan.pairs.len()].contains(&(HUGE_PAGE_PAGES as usize));
+        if plan.pages().count() < self.huge_page_shared_pages_min as usize {
+            self.leave_whole(inside.region.id(), plan);
+        } else if !is_whole {
+            self.split(inside, page);
+        }
+    }
+
+    /// Plans the rest of a block's calm pages too: those left out before count towards what it is
+    /// worth now. A guest that fills its memory bit by bit would never share any of it otherwise.
+    fn plan_left_out(&mut self, inside: &Entered<'_, B>, block: &PageRange, plan: &mut Plan) {
+        let planned: BTreeSet<u32> = plan.pages().collect();
+        for page in block.start..block.end.min(inside.backing().pages()) {
+            let state = self.items(inside.region.id()).state(page);
+            if !matches!(state, PageState::Unshared { .. }) || planned.contains(&page) {
+                continue;
+            }
+            if inside.is_exiting() {
+                return;
+            }
+            self.read_and_plan(inside, page, plan);
+        }
+    }
+
+    /// Whether `pages` consecutive pages of a region, from `page` on, may be merged for the sake of
+    /// another region. Splits the huge page they are part of, if they are enough and not all of it.
+    pub(crate) fn split_for_partners(&self, partner: &Entered<'_, B>, pages: &PageRange) -> bool {
+        if !self.has_huge_page(partner, pages) {
+            return true;
+        }
+        // Fewer may still be merged when their own region is visited, together with the rest.
+        let is_enough = pages.len() >= self.huge_page_shared_pages_min as usize;
+        if is_enough && pages.len() < HUGE_PAGE_PAGES as usize {
+            self.split(partner, pages.start);
+        }
+        is_enough
+    }
+
+    fn has_huge_page(&self, inside: &Entered<'_, B>, range: &PageRange) -> bool {
+        let range = range.start..range.end.min(inside.backing().pages());
+        inside
+            .backing()
+            .has_huge_page(range)
+            .unwrap_or_else(|error| {
+                log::warn!(
+                    "cannot look for huge pages in region {}: {error}",
+                    inside.region.id().0
+                );
+                false
+            })
+    }
+
+    fn split(&self, inside: &Entered<'_, B>, page: u32) {
+        if let Err(error) = inside.backing().split_huge_page(page) {
+            // Pinned, as a rule. Merging is right all the same, and memory comes back later.
+            log::debug!(
+                "cannot split a huge page of region {}: {error}",
+                inside.region.id().0
+            );
+        }
+    }
+
+    /// Leaves the planned pages as they are until they change. Those who could be partners stay in
+    /// the index: with enough of them, a later region founds stable pages that make this one worth
+    /// another look.
+    fn leave_whole(&mut self, id: RegionId, plan: &mut Plan) {
+        let plan = std::mem::take(plan);
+        for pair in &plan.pairs {
+            let watched = self.pending(pair.partner).is_some();
+            let partner = (pair.partner, pair.partner_page);
+            self.unstable.insert(pair.fingerprint, partner, watched);
+        }
+        for page in plan.pages() {
+            if let PageState::Volatile { checksum } = self.items(id).state(page) {
+                self.items(id)
+                    .set_state(page, PageState::Unshared { checksum });
+            }
+        }
+    }
+}

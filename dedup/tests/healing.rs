@@ -1,0 +1,117 @@
+//! What broken runs leave behind, on real memory.
+#![expect(
+    unsafe_code,
+    reason = "plays the guest: reads and writes mapped memory"
+)]
+
+use std::time::{Duration, Instant};
+
+use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, RegionHandle, Run, Settings};
+
+const PAGES: usize = 1024;
+
+fn word(region: &RegionHandle, page: usize, word: usize) -> *mut u64 {
+    let words = region.mapping().as_ptr().cast::<u64>();
+    words.wrapping_add(page * PAGE_WORDS + word)
+}
+
+fn write_page(region: &RegionHandle, page: usize, content: u64) {
+    for index in 0..PAGE_WORDS {
+        // SAFETY: the word lies inside the region, which is mapped.
+        unsafe { word(region, page, index).write_volatile(content * (index as u64 + 1)) };
+    }
+}
+
+fn assert_holds(region: &RegionHandle, page: usize, content: u64) {
+    for index in 0..PAGE_WORDS {
+        // SAFETY: the word lies inside the region, which is mapped.
+        let found = unsafe { word(region, page, index).read_volatile() };
+        assert_eq!(found, content * (index as u64 + 1), "page {page}");
+    }
+}
+
+/// VMAs that lie in a region, by `/proc/self/maps`.
+fn vmas(region: &RegionHandle) -> usize {
+    let start = region.mapping().as_ptr().addr();
+    let end = start + region.mapping().size_bytes();
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps is there");
+    let inside = |line: &&str| {
+        let addresses = line.split(' ').next().unwrap_or_default();
+        let parse = |text| usize::from_str_radix(text, 16).ok();
+        let (from, to) = addresses.split_once('-').expect("a range");
+        parse(from) < Some(end) && Some(start) < parse(to)
+    };
+    maps.lines().filter(inside).count()
+}
+
+/// The content of a page: the same pages in each region, every one elsewhere.
+fn shuffled(region: usize, page: usize) -> u64 {
+    let multipliers = [1, 389];
+    1 + (page * multipliers[region] % PAGES) as u64
+}
+
+fn merged() -> (Engine, [RegionHandle; 2]) {
+    let engine = Engine::new(&Settings::default()).expect("this host has userfaultfd");
+    let regions = [0, 1].map(|region| {
+        let mapping = Mapping::new(PAGES * PAGE_SIZE_BYTES).expect("address space is there");
+        let handle = engine
+            .register(mapping)
+            .expect("the kernel takes the range");
+        (0..PAGES).for_each(|page| write_page(&handle, page, shuffled(region, page)));
+        handle
+    });
+    wait_for_passes(&engine);
+    assert_eq!(engine.stats().pages_sharing, PAGES as u64);
+    assert!(
+        vmas(&regions[1]).max(vmas(&regions[0])) > PAGES / 2,
+        "every page elsewhere"
+    );
+    (engine, regions)
+}
+
+fn wait_for_passes(engine: &Engine) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    assert!(engine.wait_full_scans(4, deadline), "four passes in time");
+}
+
+#[test]
+fn an_unmerge_gives_the_mappings_back() {
+    let (engine, regions) = merged();
+    engine.set_run(Run::Unmerge).expect("there is memory");
+    for (index, region) in regions.iter().enumerate() {
+        (0..PAGES).for_each(|page| assert_holds(region, page, shuffled(index, page)));
+        assert!(vmas(region) <= 8, "{} mappings are left", vmas(region));
+    }
+    // Healed memory is memory like any other: it merges again.
+    engine.set_run(Run::Merge).expect("merging starts");
+    wait_for_passes(&engine);
+    assert_eq!(engine.stats().pages_sharing, PAGES as u64);
+    for (index, region) in regions.iter().enumerate() {
+        (0..PAGES).for_each(|page| assert_holds(region, page, shuffled(index, page)));
+    }
+}
+
+#[test]
+fn a_region_that_breaks_most_of_its_pages_gives_their_mappings_back() {
+    let (engine, regions) = merged();
+    let own = |page: usize| 1_000_000 + page as u64;
+    for page in (0..PAGES).filter(|page| page % 64 != 0) {
+        write_page(&regions[1], page, own(page));
+    }
+    wait_for_passes(&engine);
+    assert!(
+        vmas(&regions[1]) <= 8 + 2 * PAGES / 64,
+        "{}",
+        vmas(&regions[1])
+    );
+    assert!(engine.stats().vmas < 2 * PAGES as u64);
+    for page in 0..PAGES {
+        let content = if page % 64 == 0 {
+            shuffled(1, page)
+        } else {
+            own(page)
+        };
+        assert_holds(&regions[1], page, content);
+        assert_holds(&regions[0], page, shuffled(0, page));
+    }
+}

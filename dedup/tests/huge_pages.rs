@@ -1,0 +1,175 @@
+//! Transparent huge pages under the engine: which are split, and what comes back.
+#![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
+
+use std::fs;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use dedup::{
+    DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, PageSet, RegionHandle, Settings,
+    Stats,
+};
+
+const HUGE_PAGE_PAGES: usize = 512;
+
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+/// Writes a page whose content is told by a number.
+fn write_page(mapping: &Mapping, page: usize, content: u64) {
+    for word in 0..PAGE_WORDS {
+        let address = mapping
+            .as_ptr()
+            .cast::<u64>()
+            .wrapping_add(page * PAGE_WORDS + word);
+        // SAFETY: the word lies inside the mapping, which this test alone writes to.
+        unsafe { address.write_volatile(content * (word as u64 + 1)) };
+    }
+}
+
+/// A huge page whose first `equal_pages` pages are those of every other such, and the rest its own.
+fn huge_page(region: u64, equal_pages: usize) -> Mapping {
+    let mapping = Mapping::with_huge_pages(HUGE_PAGE_PAGES * PAGE_SIZE_BYTES)
+        .expect("address space is there");
+    for page in 0..HUGE_PAGE_PAGES {
+        let owner = if page < equal_pages { 0 } else { region };
+        write_page(&mapping, page, 1 + page as u64 + 1000 * owner);
+    }
+    // At least: mappings of other tests may adjoin, and be one with it for the kernel.
+    assert!(
+        huge_bytes(&mapping) >= HUGE_PAGE_PAGES * PAGE_SIZE_BYTES,
+        "this test needs transparent huge pages (/sys/kernel/mm/transparent_hugepage/enabled: madvise or always)"
+    );
+    mapping
+}
+
+/// Two regions of one huge page each, after merging.
+fn merged(equal_pages: usize, settings: &Settings) -> (Engine, [RegionHandle; 2], Stats) {
+    let engine = Engine::new(settings).expect("this host has userfaultfd");
+    let regions = [1, 2].map(|region| {
+        let mapping = huge_page(region, equal_pages);
+        engine
+            .register(mapping)
+            .expect("the kernel takes the range")
+    });
+    assert!(engine.wait_full_scans(4, deadline()), "four passes in time");
+    let stats = engine.stats();
+    (engine, regions, stats)
+}
+
+/// Bytes of a mapping that lie in huge pages, by `/proc/self/smaps`.
+fn huge_bytes(mapping: &Mapping) -> usize {
+    let start = mapping.as_ptr().addr();
+    let end = start + mapping.size_bytes();
+    let smaps = fs::read_to_string("/proc/self/smaps").expect("smaps is there");
+    let mut inside = false;
+    let mut bytes = 0;
+    for line in smaps.lines() {
+        let head = line.split(' ').next().unwrap_or_default();
+        if let Some((from, to)) = head.split_once('-')
+            && let (Ok(from), Ok(to)) = (
+                usize::from_str_radix(from, 16),
+                usize::from_str_radix(to, 16),
+            )
+        {
+            inside = from < end && start < to;
+        } else if inside && let Some(kib) = line.strip_prefix("AnonHugePages:") {
+            let kib = kib.trim().trim_end_matches(" kB");
+            bytes += kib.parse::<usize>().expect("a number") * 1024;
+        }
+    }
+    bytes
+}
+
+/// Huge pages that the kernel has split since it started.
+fn split_pages() -> u64 {
+    let vmstat = fs::read_to_string("/proc/vmstat").expect("vmstat is there");
+    let line = vmstat
+        .lines()
+        .find_map(|line| line.strip_prefix("thp_split_page "));
+    line.expect("the kernel counts splits")
+        .parse()
+        .expect("a number")
+}
+
+#[test]
+fn a_huge_page_with_little_to_share_stays_whole() {
+    let (_engine, regions, stats) = merged(100, &Settings::default());
+    assert_eq!(stats.pages_sharing, 0, "{stats:?}");
+    for region in &regions {
+        assert_eq!(
+            huge_bytes(region.mapping()),
+            HUGE_PAGE_PAGES * PAGE_SIZE_BYTES
+        );
+    }
+}
+
+#[test]
+fn a_huge_page_with_enough_to_share_is_split_and_gives_its_pages_back() {
+    let before = split_pages();
+    let (_engine, regions, stats) = merged(300, &Settings::default());
+    assert_eq!(stats.pages_sharing, 300, "{stats:?}");
+    assert!(
+        split_pages() >= before + 2,
+        "both are split at once, not when memory is short"
+    );
+    for region in &regions {
+        assert_eq!(huge_bytes(region.mapping()), 0);
+    }
+}
+
+#[test]
+fn how_much_is_enough_is_a_setting() {
+    let settings = Settings {
+        huge_page_shared_pages_min: Some(100),
+        ..Settings::default()
+    };
+    let (_engine, _regions, stats) = merged(100, &settings);
+    assert_eq!(stats.pages_sharing, 100, "{stats:?}");
+}
+
+#[test]
+fn huge_pages_that_are_equal_as_a_whole_are_shared_as_a_whole() {
+    let (engine, regions, stats) = merged(HUGE_PAGE_PAGES, &Settings::default());
+    assert_eq!(stats.pages_sharing, HUGE_PAGE_PAGES as u64, "{stats:?}");
+    let [one, other] = regions;
+    assert_eq!((one.stats().vmas, other.stats().vmas), (1, 1));
+    drop((one, other, engine));
+}
+
+/// Tells what the test itself wrote.
+#[derive(Clone, Debug, Default)]
+struct Written(Arc<Mutex<Vec<u32>>>);
+
+impl DirtySource for Written {
+    fn collect(&self, dirty: &mut PageSet) -> std::io::Result<()> {
+        let written = std::mem::take(&mut *self.0.lock().expect("nobody panics with it"));
+        written.into_iter().for_each(|page| dirty.insert(page));
+        Ok(())
+    }
+}
+
+#[test]
+fn pages_that_were_too_few_count_when_more_become_equal() {
+    let engine = Engine::new(&Settings::default()).expect("this host has userfaultfd");
+    let regions = [1, 2].map(|region| {
+        let written = Written::default();
+        let handle = engine.register_watched(huge_page(region, 200), Box::new(written.clone()));
+        (handle.expect("the kernel takes the range"), written)
+    });
+    assert!(engine.wait_full_scans(4, deadline()), "four passes in time");
+    assert_eq!(engine.stats().pages_sharing, 0, "too few to split for");
+    for (region, written) in &regions {
+        for page in 200..400 {
+            write_page(region.mapping(), page, 7000 + page as u64);
+        }
+        written
+            .0
+            .lock()
+            .expect("nobody panics with it")
+            .extend(200..400);
+    }
+    assert!(engine.wait_full_scans(6, deadline()), "six passes in time");
+    assert_eq!(engine.stats().pages_sharing, 400, "{:?}", engine.stats());
+}
