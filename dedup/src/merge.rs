@@ -190,6 +190,12 @@ impl<B: Backing> Scanner<B> {
         if inside.is_exiting() {
             return Ok(());
         }
+        // Before anybody is made to wait for us. What the budget has no room for is tried later.
+        let (_reserved, granted) = self.budget.reserve_for_merge(run_len(run));
+        let (run, put_off) = run.split_at(granted as usize);
+        for pair in put_off {
+            self.keep_candidate(id, pair.page, pair.fingerprint);
+        }
         let own_range = run[0].page..run[0].page + run_len(run);
         let partner_range = run[0].partner_page..run[0].partner_page + run_len(run);
         let remapped = self.items(id).any_in_pool_vma(&own_range);

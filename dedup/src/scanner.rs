@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::backing::{Backing, Pool};
+use crate::budget::Budget;
 use crate::dirty::{PageSet, Watch};
 use crate::item::PageState;
 use crate::items::Items;
@@ -36,6 +37,8 @@ impl<B> Attached<B> {
 #[derive(Debug)]
 pub(crate) struct Scanner<B: Backing> {
     pub(crate) pool: B::Pool,
+    /// What may be allocated.
+    pub(crate) budget: Arc<Budget>,
     pub(crate) stable: StablePages,
     pub(crate) unstable: Unstable,
     attached: HashMap<RegionId, Attached<B>>,
@@ -54,6 +57,7 @@ impl<B: Backing> Scanner<B> {
     pub(crate) fn new(pool: B::Pool, vma_budget: u32) -> Scanner<B> {
         Scanner {
             pool,
+            budget: Budget::new(),
             stable: StablePages::new(),
             unstable: Unstable::default(),
             attached: HashMap::new(),

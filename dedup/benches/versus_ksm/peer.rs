@@ -116,7 +116,7 @@ impl Samepage {
                 pages_to_scan: 20_000,
                 sleep_millisecs: 0,
             },
-            vma_budget: None,
+            ..Settings::default()
         };
         let engine = Engine::new(&settings).map_err(io::Error::other)?;
         let task = task_named("/proc/self/task", "dedup")?;

@@ -61,6 +61,11 @@ impl LinuxPool {
         })
     }
 
+    /// Another descriptor of the memfd, to ask how much it holds.
+    pub(crate) fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     pub(crate) fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
