@@ -234,6 +234,15 @@ impl FrontDoor {
         if pace != engine.pace() {
             engine.set_pace(pace);
         }
+        if let Some(bytes) = patch.memory_budget {
+            monitor.set_memory_budget(bytes.filter(|&bytes| bytes > 0));
+        }
+        if let Some(ratio) = patch.overcommit_ratio {
+            monitor.set_overcommit_ratio(ratio.filter(|&ratio| ratio > 0.0));
+        }
+        if let Some(allowed) = patch.unmerge_victims {
+            monitor.set_unmerge_victims(allowed);
+        }
         if let Some(run) = patch.run {
             let set = engine.set_run(run);
             set.map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
@@ -326,6 +335,7 @@ fn describe_domain(monitor: &Monitor) -> Domain {
         pages_to_scan: pace.pages_to_scan,
         sleep_millisecs: pace.sleep_millisecs,
         stats: engine.stats(),
+        memory: monitor.memory(),
         vms,
     }
 }
@@ -336,6 +346,8 @@ fn refusal(error: &MonitorError) -> Fault {
     match error.kind() {
         ErrorKind::NotFound => Fault::not_found(message),
         ErrorKind::Conflict | ErrorKind::InvalidInput => Fault::bad_request(message),
+        // Firecracker knows no such refusal.
+        ErrorKind::NoRoom => Fault::conflict(message),
         ErrorKind::Internal => {
             log::error!("{message}");
             Fault::internal(message)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::backing::linux::{LinuxMemory, LinuxPool, Userfaultfd};
-use crate::budget::MemoryGauge;
+use crate::budget::{MemoryGauge, UNMERGE_PATIENCE};
 use crate::control::{Control, Pace, Run};
 use crate::dirty::DirtySource;
 use crate::mapping::Mapping;
@@ -198,8 +198,9 @@ impl Engine {
         Arc::clone(&self.memory)
     }
 
-    /// Changes how long an unmerge waits for memory before it fails (half a second at first).
-    pub fn set_unmerge_patience(&self, patience: Duration) {
+    /// Changes how long an unmerge waits for memory before it fails; `None` for half a second.
+    pub fn set_unmerge_patience(&self, patience: Option<Duration>) {
+        let patience = patience.unwrap_or(UNMERGE_PATIENCE);
         self.shared.budget.set_patience(patience);
     }
 
