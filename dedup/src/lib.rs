@@ -46,6 +46,7 @@
 //! | `mapping` | reserved ranges | system calls |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
+//! | `fault` | faults on demand, for tests | thin |
 //! | `sync` | locks and what poison means | thin |
 //!
 //! # Locks
@@ -65,6 +66,7 @@ mod budget;
 mod control;
 mod dirty;
 mod engine;
+mod fault;
 mod fingerprint;
 mod item;
 mod items;

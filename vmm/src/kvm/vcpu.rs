@@ -193,6 +193,9 @@ fn run(mut vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform) -> 
     // Declared after, hence dropped before the vCPU.
     let armed = kick.arm(&mut vcpu);
     loop {
+        // Named after the thread, `v0:ID`, so that a test can choose whose panics.
+        #[cfg(feature = "failpoints")]
+        fail::fail_point!(std::thread::current().name().unwrap_or_default());
         match gate.pass() {
             Pass::Run => {}
             // Spares the guest a false alarm of its lockup detector. Guests without kvm-clock do

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::pagemap::Pagemap;
 use super::{LinuxPool, Userfaultfd, check};
 use crate::backing::{Backing, Residency};
+use crate::fault::may_fail;
 use crate::mapping::Mapping;
 use crate::page::{PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
 
@@ -19,6 +20,7 @@ pub(crate) struct LinuxMemory {
 
 impl LinuxMemory {
     pub(crate) fn new(mapping: Mapping, userfaultfd: Arc<Userfaultfd>) -> io::Result<LinuxMemory> {
+        may_fail!("register");
         userfaultfd.register(mapping.as_ptr(), mapping.size_bytes())?;
         Ok(LinuxMemory {
             mapping,
@@ -44,6 +46,7 @@ impl LinuxMemory {
 
     /// Puts a new private mapping over `range`, of the pool's `first` page on or of nothing.
     fn remap(&self, range: &PageRange, pool: Option<(&LinuxPool, PoolPage)>) -> io::Result<()> {
+        may_fail!("mmap");
         let (start, len_bytes) = self.span(range);
         let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let (flags, fd, offset_bytes) = match pool {
@@ -103,6 +106,7 @@ impl Backing for LinuxMemory {
     }
 
     fn protect(&self, range: PageRange, remapped: bool) -> io::Result<()> {
+        may_fail!("userfaultfd");
         let (start, len_bytes) = self.span(&range);
         if remapped {
             self.userfaultfd.register(start, len_bytes)?;
@@ -133,6 +137,7 @@ impl Backing for LinuxMemory {
     }
 
     fn uncover(&self, range: PageRange) -> io::Result<()> {
+        may_fail!("madvise");
         self.advise(&range, libc::MADV_DONTNEED)?;
         // Not just woken: in a file mapping the kernel keeps the protection of a dropped page as a
         // marker (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), and its next writer would wait
@@ -155,6 +160,7 @@ impl Backing for LinuxMemory {
                 log::error!("cannot decline huge pages for pages {range:?}: {error}");
             }
         } else {
+            may_fail!("madvise");
             self.advise(&range, libc::MADV_DONTNEED)?;
         }
         self.wake(&range);
@@ -162,6 +168,7 @@ impl Backing for LinuxMemory {
     }
 
     fn unshare(&self, range: PageRange) -> io::Result<()> {
+        may_fail!("madvise");
         self.advise(&range, libc::MADV_POPULATE_WRITE)
     }
 

@@ -13,6 +13,7 @@ use linux_raw_sys::general::{
 };
 
 use crate::backing::Residency;
+use crate::fault::may_fail;
 use crate::mapping::Mapping;
 use crate::page::{PAGE_SIZE_BYTES, PageRange};
 
@@ -47,6 +48,7 @@ impl Pagemap {
         range: PageRange,
         found: &mut Vec<(PageRange, Residency)>,
     ) -> io::Result<()> {
+        may_fail!("pagemap");
         let base = mapping.address(0).addr() as u64;
         let page_of = |address: u64| {
             u32::try_from((address - base) / PAGE_SIZE_BYTES as u64).unwrap_or(u32::MAX)

@@ -8,6 +8,7 @@ use std::ptr;
 
 use super::check;
 use crate::backing::Pool;
+use crate::fault::may_fail;
 use crate::item::POOL_PAGES_MAX;
 use crate::mapping::copy_page_out;
 use crate::page::{PAGE_SIZE_BYTES, PageBuf, PoolPage, pages_to_bytes};
@@ -34,6 +35,7 @@ unsafe impl Sync for LinuxPool {}
 
 impl LinuxPool {
     pub(crate) fn new() -> io::Result<LinuxPool> {
+        may_fail!("memfd");
         // SAFETY: the name is a C string; the flags are by value.
         let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC) };
         check(fd)?;
@@ -87,6 +89,7 @@ impl Pool for LinuxPool {
     }
 
     fn write(&self, page: PoolPage, content: &PageBuf) -> io::Result<()> {
+        may_fail!("pool_write");
         let to = self.address(page);
         // Populating first turns "no memory" into an error; a store would get SIGBUS for it.
         // SAFETY: the address is that of a whole page inside the view.
@@ -101,6 +104,7 @@ impl Pool for LinuxPool {
     }
 
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
+        may_fail!("fallocate");
         let offset = |page: u32| libc::off_t::try_from(pages_to_bytes(page)).unwrap_or(0);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: the call takes numbers; the pages it drops have no sharers, and the worker, the
