@@ -80,6 +80,13 @@ pub struct ServeArgs {
     #[arg(long = "domain", value_name = "NAME")]
     pub domains: Vec<MergeDomain>,
 
+    /// Memory in MiB that each merge domain may take, all its VMs together; past it the VM with the
+    /// lowest --oom-priority is ended
+    ///
+    /// `PATCH /merge/NAME` changes it for one domain. A limit of the server's cgroup counts anyway.
+    #[arg(long, value_name = "MIB")]
+    pub memory_budget_mib: Option<u32>,
+
     /// Also stop when standard input ends, so that a parent process cannot leave a server behind
     #[arg(long)]
     pub stop_on_stdin_end: bool,
@@ -128,8 +135,7 @@ pub struct VmArgs {
     #[arg(long)]
     pub no_merge: bool,
 
-    /// The lowest is to go first when memory runs out; kept and shown, nothing acts on it yet
-    /// [default: 0]
+    /// The lowest is ended first when the merge domain runs out of memory [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub oom_priority: Option<i32>,
 }

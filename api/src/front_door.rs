@@ -235,6 +235,15 @@ impl FrontDoor {
         let monitor = self.monitor_for(name)?;
         let engine = monitor.engine();
         self.patch_pace(engine, patch);
+        if let Some(bytes) = patch.memory_budget {
+            monitor.set_memory_budget(bytes.filter(|&bytes| bytes > 0));
+        }
+        if let Some(ratio) = patch.overcommit_ratio {
+            monitor.set_overcommit_ratio(ratio.filter(|&ratio| ratio > 0.0));
+        }
+        if let Some(allowed) = patch.unmerge_victims {
+            monitor.set_unmerge_victims(allowed);
+        }
         if let Some(run) = patch.run {
             let set = engine.set_run(run);
             set.map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
@@ -340,6 +349,7 @@ fn describe_domain(monitor: &Monitor) -> Domain {
         pages_to_scan: pace.pages_to_scan,
         sleep_millisecs: pace.sleep_millisecs,
         stats: engine.stats(),
+        memory: monitor.memory(),
         vms,
     }
 }
@@ -350,6 +360,8 @@ fn refusal(error: &MonitorError) -> Fault {
     match error.kind() {
         ErrorKind::NotFound => Fault::not_found(message),
         ErrorKind::Conflict | ErrorKind::InvalidInput => Fault::bad_request(message),
+        // Firecracker knows no such refusal.
+        ErrorKind::NoRoom => Fault::conflict(message),
         ErrorKind::Internal => {
             log::error!("{message}");
             Fault::internal(message)

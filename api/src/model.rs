@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use dedup::{RegionStats, Run, Stats};
 use serde::{Deserialize, Serialize};
-use vmm::{VmInfo, VmState};
+use vmm::{MemoryInfo, VmInfo, VmState};
 
 /// Reply of `GET /version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +60,7 @@ pub struct Report {
 }
 
 /// Reply of `GET /merge/{domain}`, and a value of `GET /merge`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Domain {
     /// What the worker does.
     pub run: Run,
@@ -71,6 +71,8 @@ pub struct Domain {
     /// The engine's counters over all VMs of the domain.
     #[serde(flatten)]
     pub stats: Stats,
+    /// Its memory: limits, use, and what it could come to.
+    pub memory: MemoryInfo,
     /// Each VM's part, by id.
     pub vms: BTreeMap<String, RegionStats>,
 }
@@ -153,6 +155,7 @@ mod tests {
             pages_to_scan: 1,
             sleep_millisecs: 1,
             stats: Stats::default(),
+            memory: MemoryInfo::default(),
             vms: BTreeMap::new(),
         };
         let document: serde_json::Value = serde_json::from_str(crate::OPENAPI_JSON).unwrap();
@@ -163,6 +166,10 @@ mod tests {
                 serde_json::to_value(VmDescription::from(&info)).unwrap(),
             ),
             ("Report", serde_json::to_value(Report::default()).unwrap()),
+            (
+                "Memory",
+                serde_json::to_value(MemoryInfo::default()).unwrap(),
+            ),
             ("Domain", serde_json::to_value(&domain).unwrap()),
             (
                 "VmMerge",

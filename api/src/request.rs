@@ -1,7 +1,7 @@
 //! What a client can ask for, after everything that can be checked without state was checked.
 
 use dedup::Run;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use vmm::VmId;
 use vmm::config::VmConfig;
 
@@ -79,7 +79,7 @@ pub enum DesiredState {
 }
 
 /// The body of `PATCH /merge/{domain}`: what is absent stays as it is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MergePatch {
     /// What the worker does; KSM's `run` by name.
@@ -91,4 +91,28 @@ pub struct MergePatch {
     /// Sleep between batches, as KSM's file of this name.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub sleep_millisecs: Option<u32>,
+    /// Memory in bytes that the domain may take; null and 0 are for no budget.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        default,
+        deserialize_with = "present"
+    )]
+    pub memory_budget: Option<Option<u64>>,
+    /// How many times its limit may be promised to VMs; null and 0 are for as often as one likes.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        default,
+        deserialize_with = "present"
+    )]
+    pub overcommit_ratio: Option<Option<f64>>,
+    /// Whether VMs are ended so that an unmerge fits.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unmerge_victims: Option<bool>,
+}
+
+/// Tells a value that is null from one that is absent.
+fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }

@@ -54,6 +54,8 @@ pub(crate) struct Control {
     pub(crate) reap: bool,
     /// Callers who wait for passes; the worker does not pause while there are any.
     pub(crate) waiters: u32,
+    /// Memory is short: no pauses while passes still change something.
+    pub(crate) hurry: bool,
     /// Passes ended since the engine was made.
     pub(crate) passes: u64,
     idle_level: u32,
@@ -68,6 +70,7 @@ impl Control {
             kicked: false,
             reap: false,
             waiters: 0,
+            hurry: false,
             passes: 0,
             idle_level: 0,
         }
@@ -90,7 +93,7 @@ impl Control {
 
     /// How long to pause now.
     pub(crate) fn pause(&self) -> Duration {
-        if self.waiters > 0 {
+        if self.waiters > 0 || (self.hurry && self.idle_level == 0) {
             return Duration::ZERO;
         }
         // A pace without pauses still must not burn a core for nothing.

@@ -40,6 +40,8 @@
 //! | `huge` | which huge pages are split | policy |
 //! | `places` | guesses: what was shared where | pure |
 //! | `unmerge` | private copies for all | mechanism |
+//! | `budget` | [`MemoryGauge`]; what is promised of the memory that is left | locks |
+//! | `process_memory` | [`ProcessMemory`]: what the process and the pool hold | system calls |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
 //! | `stable`, `pool_map` | stable pages, free pool pages | pure |
 //! | `fingerprint`, `keyed` | hash and zero test; maps by hash | pure |
@@ -48,6 +50,7 @@
 //! | `mapping` | reserved ranges | system calls |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
+//! | `fault` | faults on demand, for tests | thin |
 //! | `sync` | locks and what poison means | thin |
 //!
 //! # Locks
@@ -57,14 +60,17 @@
 //!    never one twice; for writing by the exit path, which holds nothing else.
 //! 3. the *control lock* (`Shared::control`): orders to the worker.
 //! 4. the *ring lock* (`Shared::ring`): slots and cursor. Never held over work.
-//! 5. leaves: `Shared::published`, `Region::stats`.
+//! 5. leaves: `Shared::published`, `Region::stats`, `Budget::state`. An unmerge waits for memory
+//!    with 1 and 2 held, and lets go of both when the region exits or an order comes.
 //!
 //! A region's last reference is never dropped under 2, 4 or 5.
 
 mod backing;
+mod budget;
 mod control;
 mod dirty;
 mod engine;
+mod fault;
 mod fingerprint;
 mod found;
 mod heal;
@@ -81,6 +87,7 @@ mod merge;
 mod page;
 mod places;
 mod pool_map;
+mod process_memory;
 mod protected;
 #[expect(unsafe_code, reason = "loads from memory that others write to")]
 mod racing;
@@ -98,11 +105,13 @@ mod visit;
 mod watched;
 mod worker;
 
+pub use budget::MemoryGauge;
 pub use control::{Pace, Run};
 pub use dirty::{DirtySource, PageSet};
 pub use engine::{Engine, EngineError, RegionHandle, Settings};
 pub use mapping::{Mapping, MappingError};
 pub use page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
+pub use process_memory::ProcessMemory;
 pub use region::RegionId;
 pub use shared::ExitPath;
 pub use stats::{RegionStats, Stats};

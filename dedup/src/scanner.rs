@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::backing::{Backing, Pool};
+use crate::budget::Budget;
 use crate::dirty::{PageSet, Watch};
 use crate::heal::HEAL_VMAS_MIN;
 use crate::huge::HUGE_PAGE_SHARED_PAGES_MIN;
@@ -39,6 +40,8 @@ impl<B> Attached<B> {
 #[derive(Debug)]
 pub(crate) struct Scanner<B: Backing> {
     pub(crate) pool: B::Pool,
+    /// What may be allocated.
+    pub(crate) budget: Arc<Budget>,
     pub(crate) stable: StablePages,
     pub(crate) unstable: Unstable,
     attached: RegionMap<Attached<B>>,
@@ -63,6 +66,7 @@ impl<B: Backing> Scanner<B> {
     pub(crate) fn new(pool: B::Pool, vma_budget: u32) -> Scanner<B> {
         Scanner {
             pool,
+            budget: Budget::new(),
             stable: StablePages::new(),
             unstable: Unstable::default(),
             attached: RegionMap::default(),

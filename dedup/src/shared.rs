@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use crate::backing::Backing;
+use crate::budget::Budget;
 use crate::control::{Control, Run};
 use crate::dirty::DirtySource;
 use crate::page::{HUGE_PAGE_PAGES, range_pages};
@@ -45,6 +46,7 @@ pub(crate) struct Shared<B: Backing> {
     /// The ring lock: never held over work.
     ring: Mutex<Ring<Region<B>>>,
     pub(crate) control: Mutex<Control>,
+    pub(crate) budget: Arc<Budget>,
     /// Wakes the worker.
     pub(crate) work: Condvar,
     published: Mutex<Stats>,
@@ -53,8 +55,9 @@ pub(crate) struct Shared<B: Backing> {
 
 impl<B: Backing> Shared<B> {
     pub(crate) fn new(scanner: Scanner<B>, control: Control) -> Shared<B> {
-        let stats = scanner.stats();
+        let (stats, budget) = (scanner.stats(), Arc::clone(&scanner.budget));
         Shared {
+            budget,
             scanner: Mutex::new(scanner),
             ring: Mutex::default(),
             control: Mutex::new(control),
@@ -90,6 +93,8 @@ impl<B: Backing> Shared<B> {
         }
         // Step 1: give the memory back. The range stays reserved, pool references stay counted.
         region.backing().free_all();
+        // Whoever waits for memory inside now sees it, or sees the flag.
+        self.budget.wake();
         // Fast path: judged and unlinked in one ring-lock section.
         if self.try_finish(id) {
             return ExitPath::Fast;

@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`binary`] | the `samepage` binary under test |
+//! | [`cgroup`] | a memory cgroup with a limit |
 //! | [`server`] | a server process that ends with its test |
 //! | [`guest_memory`] | guests' memory, read out of the server for an oracle |
 //! | [`guests`] | VMs in a monitor of the test's own process |
@@ -17,6 +18,7 @@
 //! None.
 
 pub mod binary;
+pub mod cgroup;
 pub mod guest_memory;
 pub mod guests;
 pub mod http;

@@ -67,10 +67,10 @@ fn json(value: &impl serde::Serialize, args: &StatsArgs) -> Result<String, Comma
 fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
     let mut table = Table::new(&[
         "DOMAIN", "RUN", "VMS", "SHARED", "SHARING", "ZERO", "UNSHARED", "VOLATILE", "SCANS",
-        "POOL", "SAVED",
+        "POOL", "SAVED", "USE", "LIMIT", "WORST",
     ]);
     for (name, domain) in domains {
-        let stats = &domain.stats;
+        let (stats, memory) = (&domain.stats, &domain.memory);
         table.row(vec![
             name.clone(),
             format!("{:?}", domain.run).to_lowercase(),
@@ -83,6 +83,11 @@ fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
             stats.full_scans.to_string(),
             in_units(i128::from(stats.pool_bytes)),
             in_units(i128::from(stats.saved_bytes)),
+            in_units(i128::from(memory.use_bytes)),
+            memory
+                .limit_bytes
+                .map_or_else(|| "-".to_owned(), |bytes| in_units(i128::from(bytes))),
+            in_units(i128::from(memory.worst_case_bytes)),
         ]);
     }
     let mut text = table.to_string();

@@ -130,6 +130,17 @@ impl Ram {
         }
     }
 
+    /// Memory that nobody shares with it.
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub(crate) fn private_bytes(&self) -> std::io::Result<u64> {
+        match &self.backing {
+            Backing::Private(mapping) => mapping.private_bytes(),
+            Backing::Merged(region) => region.mapping().private_bytes(),
+        }
+    }
+
     /// Gives the memory back: unmaps it, or hands it to the merge engine (ARCHITECTURE.md, section 6).
     ///
     /// # Errors
