@@ -1,5 +1,6 @@
 //! A region's items: one per page, with the counts that the statistics need kept beside them.
 
+use crate::backoff::{Backoff, Interval};
 use crate::item::{Item, PageState};
 use crate::page::{PageRange, PoolPage};
 
@@ -30,6 +31,8 @@ pub(crate) struct Items {
     items: Vec<Item>,
     counts: StateCounts,
     vmas: u32,
+    /// When state changes happen.
+    pub(crate) now: Interval,
 }
 
 impl Items {
@@ -43,6 +46,7 @@ impl Items {
             items,
             counts: StateCounts::default(),
             vmas: 1,
+            now: Interval::default(),
         }
     }
 
@@ -87,7 +91,16 @@ impl Items {
         if let Some(count) = self.counts.of(state) {
             *count += 1;
         }
-        *item = item.with_state(state);
+        *item = item.with_state_at(state, self.now);
+    }
+
+    pub(crate) fn backoff(&self, page: u32) -> Backoff {
+        self.items[page as usize].backoff()
+    }
+
+    pub(crate) fn set_backoff(&mut self, page: u32, backoff: Backoff) {
+        let item = &mut self.items[page as usize];
+        *item = item.with_backoff(backoff);
     }
 
     /// VMAs that the region would take more if `range` were mapped anew as one (may be negative).

@@ -33,6 +33,7 @@
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
 //! | `scanner` | what the worker mutex guards | state |
 //! | `visit`, `watched` | one window: what changed, what to merge | policy |
+//! | `backoff` | how long a busy page is left alone | pure |
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `protected` | protect, compare again, swap, wake | mechanism |
@@ -58,6 +59,7 @@
 //! A region's last reference is never dropped under 2, 4 or 5.
 
 mod backing;
+mod backoff;
 mod control;
 mod dirty;
 mod engine;

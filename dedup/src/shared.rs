@@ -121,6 +121,8 @@ impl<B: Backing> Shared<B> {
     /// Scans until `pages` pages were visited, one pass is over, or `run` says stop.
     pub(crate) fn batch(&self, pages: u32) -> Batch {
         let mut scanner = sync::lock(&self.scanner);
+        // Lock order: worker mutex -> control.
+        scanner.hurried = sync::lock(&self.control).waiters > 0;
         let mut batch = Batch::default();
         let mut left = i64::from(pages);
         while left > 0 && batch.passes == 0 && sync::lock(&self.control).run == Run::Merge {
@@ -150,7 +152,7 @@ impl<B: Backing> Shared<B> {
         };
         scanner.attach(&region);
         if page == 0 {
-            scanner.collect_dirty(&inside);
+            scanner.begin_region(&inside);
         }
         let start = scanner.next_to_visit(id, page).unwrap_or(pages);
         let window = start..pages.min(start.saturating_add(WINDOW_PAGES));
