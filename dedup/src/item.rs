@@ -72,12 +72,12 @@ impl Item {
     }
 
     /// As [`Item::with_state`], at a moment: what the change says of how busy the page is.
-    pub(crate) fn with_state_at(self, state: PageState, now: Interval) -> Item {
+    pub(crate) fn with_state_at(self, state: PageState, now: Interval, worth: u16) -> Item {
         use PageState::{Stable, Unshared, Untracked, Volatile, Zero};
         let before = self.backoff();
         let after = match (self.state(), state) {
             (_, Untracked) => Backoff::default(),
-            (Stable(_) | Zero | Unshared { .. }, Volatile { .. }) => before.broken(now),
+            (Stable(_) | Zero | Unshared { .. }, Volatile { .. }) => before.broken(now, worth),
             (Untracked | Volatile { .. }, Volatile { .. }) => before.stirred(now),
             // A partner that was taken for calm long ago is only now worth something.
             (_, Stable(_) | Zero) => before.calmed(now),

@@ -33,6 +33,8 @@ pub(crate) struct Items {
     vmas: u32,
     /// When state changes happen.
     pub(crate) now: Interval,
+    /// Intervals that a merge must last.
+    pub(crate) worth: u16,
 }
 
 impl Items {
@@ -47,6 +49,7 @@ impl Items {
             counts: StateCounts::default(),
             vmas: 1,
             now: Interval::default(),
+            worth: 0,
         }
     }
 
@@ -91,7 +94,7 @@ impl Items {
         if let Some(count) = self.counts.of(state) {
             *count += 1;
         }
-        *item = item.with_state_at(state, self.now);
+        *item = item.with_state_at(state, self.now, self.worth);
     }
 
     pub(crate) fn backoff(&self, page: u32) -> Backoff {
