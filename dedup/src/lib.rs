@@ -37,6 +37,7 @@
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `protected` | protect, compare again, swap, wake | mechanism |
+//! | `merge_now` | one region at once, on its caller's thread | protocol |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
 //! | `stable`, `pool_map` | stable pages, free pool pages | pure |
@@ -49,7 +50,8 @@
 //!
 //! # Locks
 //! Total order, outermost first; a thread may skip locks but never go back:
-//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, or an unmerge. Exits never take it.
+//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, or a window of a
+//!    `merge now`. Exits never take it.
 //! 2. *region locks* (`Region::lock`), for reading by the holder of 1, at most two at a time and
 //!    never one twice; for writing by the exit path, which holds nothing else.
 //! 3. the *control lock* (`Shared::control`): orders to the worker.
@@ -72,6 +74,7 @@ mod items;
 )]
 mod mapping;
 mod merge;
+mod merge_now;
 mod page;
 mod pool_map;
 mod protected;
@@ -90,8 +93,9 @@ mod worker;
 
 pub use control::{Pace, Run};
 pub use dirty::{DirtySource, PageSet};
-pub use engine::{Engine, EngineError, RegionHandle, Settings};
+pub use engine::{Engine, EngineError, RegionHandle, RegionMerger, Settings};
 pub use mapping::{Mapping, MappingError};
+pub use merge_now::{MergeNowError, MergedNow};
 pub use page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
 pub use region::RegionId;
 pub use shared::ExitPath;

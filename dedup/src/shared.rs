@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use crate::backing::Backing;
@@ -266,7 +266,16 @@ impl<B: Backing> Shared<B> {
         self.work.notify_all();
     }
 
-    fn publish(&self, scanner: &Scanner<B>) {
+    pub(crate) fn lock_scanner(&self) -> MutexGuard<'_, Scanner<B>> {
+        sync::lock(&self.scanner)
+    }
+
+    /// Has a linked slot count as one with items. False if it is not linked any more.
+    pub(crate) fn mark_items(&self, id: RegionId) -> bool {
+        sync::lock(&self.ring).mark_items(id)
+    }
+
+    pub(crate) fn publish(&self, scanner: &Scanner<B>) {
         *sync::lock(&self.published) = scanner.stats();
     }
 }

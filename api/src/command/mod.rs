@@ -72,6 +72,7 @@ pub async fn execute(cli: Cli) -> Result<ExitCode, CommandError> {
         Command::Launch(args) => launch::launch(&client, &args).await?,
         Command::Ps(args) => ps::ps(&client, &args).await?,
         Command::Stop(args) => vm::stop(&client, &args).await?,
+        Command::Merge(args) => vm::merge(&client, &args).await?,
         Command::Rm(args) => vm::rm(&client, &args).await?,
         Command::Console(args) => console::console(&client, &args).await?,
         Command::Stats(args) => stats::stats(&client, &args).await?,

@@ -9,6 +9,7 @@ use super::*;
 use crate::backing::fake::{Content, FakeMemory, FakePage, FakePool};
 use crate::backoff::Intervals;
 use crate::control::Pace;
+use crate::merge_now::MergeNowError;
 
 const PAGES: u32 = 24;
 
@@ -23,6 +24,9 @@ enum Step {
         stride: u64,
     },
     Pass,
+    MergeNow {
+        region: usize,
+    },
     Batch {
         pages: u32,
     },
@@ -59,6 +63,7 @@ fn step() -> impl Strategy<Value = Step> {
             |(region, page, pages, content, stride)| Step::Write { region, page, pages, content, stride }
         ),
         8 => Just(Step::Pass),
+        2 => region.prop_map(|region| Step::MergeNow { region }),
         2 => (1..40u32).prop_map(|pages| Step::Batch { pages }),
         1 => Just(Step::Unmerge),
         1 => (region, 0..8u32).prop_map(|(region, calls)| Step::StarvedUnmerge { region, calls }),
@@ -146,6 +151,7 @@ impl World {
                 }
             }
             Step::Pass => self.pass(),
+            Step::MergeNow { region } if count > 0 => self.merge_now(region % count),
             Step::Batch { pages } => {
                 self.shared.batch(pages);
             }
@@ -191,6 +197,11 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    fn merge_now(&self, guest: usize) {
+        let merged = self.shared.merge_now(&self.guests[guest].region);
+        merged.expect("it is there and the engine merges");
     }
 
     fn unmerge(&self) {
@@ -534,4 +545,53 @@ fn a_page_that_changes_in_every_pass_is_left_out_of_most() {
     }
     let skipped = world.shared.stats().pages_skipped;
     assert!(skipped > 60, "{skipped} of 79 visits");
+}
+
+#[test]
+fn a_region_is_merged_now_while_the_worker_rests() {
+    // The first region is not watched, the second is.
+    for late in [0, 1] {
+        let mut world = World::new();
+        for region in [0, 1] {
+            world.apply(&Step::Write {
+                region,
+                page: 0,
+                pages: PAGES,
+                content: 3,
+                stride: 1,
+            });
+        }
+        let merge_now = |region: usize| world.shared.merge_now(&world.guests[region].region);
+        let first = merge_now(1 - late).expect("the engine merges");
+        assert_eq!((first.pages_merging, first.pages_gained), (0, 0));
+        let second = merge_now(late).expect("the engine merges");
+        assert_eq!(second.pages_merging, u64::from(PAGES));
+        assert_eq!(second.pages_gained, i64::from(PAGES));
+        assert_eq!(second.pages_volatile, 0);
+        world.check();
+        world.set_run(Run::Stop);
+        let stopped = world.shared.merge_now(&world.guests[late].region);
+        assert_eq!(stopped, Err(MergeNowError::NotMerging));
+    }
+}
+
+#[test]
+fn a_region_that_exits_after_a_merge_now_leaves_nothing() {
+    let mut world = World::new();
+    world.apply(&Step::Write {
+        region: 0,
+        page: 0,
+        pages: PAGES,
+        content: 3,
+        stride: 0,
+    });
+    let region = Arc::clone(&world.guests[0].region);
+    world.shared.merge_now(&region).expect("the engine merges");
+    assert!(world.pool.used_pages() > 0);
+    assert_eq!(world.shared.exit(&region), ExitPath::HandedOver);
+    let late = world.shared.merge_now(&region);
+    assert_eq!(late, Err(MergeNowError::Exiting));
+    world.shared.reap();
+    assert_eq!(world.shared.stats().slots, 1);
+    assert_eq!(world.pool.used_pages(), 0);
 }
