@@ -56,6 +56,8 @@ pub enum Command {
     /// End a VM at once; its record and console stay until `rm`
     #[command(after_help = "Examples:\n  samepage stop web1")]
     Stop(IdArgs),
+    /// Merge a VM's memory now, and say what that came to
+    Merge(MergeArgs),
     /// Delete a VM that does not run
     Rm(RmArgs),
     /// Attach to a VM's serial console
@@ -226,6 +228,24 @@ pub struct PsArgs {
 pub struct IdArgs {
     /// The VM's id
     pub id: VmId,
+}
+
+/// Arguments of `merge`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Scans all of the VM's memory at once, without waiting for pages to have rested, and returns when
+that is done. For a VM that has just booted, or is about to be paused.
+
+Examples:
+  samepage merge web1
+  samepage merge web1 --json")]
+pub struct MergeArgs {
+    /// The VM's id
+    pub id: VmId,
+
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `rm`.

@@ -203,11 +203,14 @@ impl FrontDoor {
 
     fn act(&self, id: &VmId, action: ActionType) -> Result<Reply, Fault> {
         let monitor = self.monitor_of(id)?;
+        if action == ActionType::MergeNow {
+            return Reply::json(&monitor.merge_now(id).map_err(|e| refusal(&e))?);
+        }
         match action {
             ActionType::InstanceStart => monitor.start(id),
             ActionType::SendCtrlAltDel => monitor.send_ctrl_alt_del(id),
             ActionType::InstanceStop => monitor.stop(id),
-            ActionType::FlushMetrics => Ok(()),
+            ActionType::FlushMetrics | ActionType::MergeNow => Ok(()),
         }
         .map_err(|e| refusal(&e))?;
         Ok(Reply::Empty)

@@ -175,6 +175,10 @@ mod tests {
                 "VmMerge",
                 serde_json::to_value(RegionStats::default()).unwrap(),
             ),
+            (
+                "MergedNow",
+                serde_json::to_value(dedup::MergedNow::default()).unwrap(),
+            ),
             ("Version", serde_json::to_value(Version::current()).unwrap()),
         ] {
             assert_eq!(

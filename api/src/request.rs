@@ -48,7 +48,7 @@ pub struct ActionBody {
     pub action_type: ActionType,
 }
 
-/// Firecracker's actions, and one of ours.
+/// Firecracker's actions, and two of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ActionType {
     /// Boots the VM.
@@ -57,6 +57,8 @@ pub enum ActionType {
     SendCtrlAltDel,
     /// Ends the VM at once and gives its memory back (ours; Firecracker's process is killed).
     InstanceStop,
+    /// Merges the VM's memory now; the reply says what that came to (ours).
+    MergeNow,
     /// Accepted for Firecracker's clients; there is no metrics file to flush.
     FlushMetrics,
 }

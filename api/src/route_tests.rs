@@ -115,6 +115,7 @@ fn values_of_the_bodies_arrive() {
         ("SendCtrlAltDel", ActionType::SendCtrlAltDel),
         ("InstanceStop", ActionType::InstanceStop),
         ("FlushMetrics", ActionType::FlushMetrics),
+        ("MergeNow", ActionType::MergeNow),
     ] {
         let body = format!(r#"{{"action_type": "{name}"}}"#);
         let request = routed(&Method::PUT, "/vms/a/actions", &body).unwrap();

@@ -11,6 +11,7 @@ use crate::budget::{MemoryGauge, UNMERGE_PATIENCE};
 use crate::control::{Control, Pace, Run};
 use crate::dirty::DirtySource;
 use crate::mapping::Mapping;
+use crate::merge_now::{MergeNowError, MergedNow};
 use crate::process_memory::ProcessMemory;
 use crate::region::{Region, RegionId};
 use crate::scanner::Scanner;
@@ -262,10 +263,47 @@ impl RegionHandle {
         *sync::lock(&self.region.stats)
     }
 
+    /// As [`RegionMerger::merge_now`].
+    ///
+    /// # Errors
+    /// [`MergeNowError`].
+    pub fn merge_now(&self) -> Result<MergedNow, MergeNowError> {
+        self.merger().merge_now()
+    }
+
+    /// Something to call [`RegionMerger::merge_now`] on without holding on to the handle.
+    pub fn merger(&self) -> RegionMerger {
+        RegionMerger {
+            shared: Arc::clone(&self.shared),
+            region: Arc::clone(&self.region),
+        }
+    }
+
     /// Gives the region's memory back and takes it off the engine. vCPUs and devices of the VM
     /// have stopped, and nobody else uses the mapping. Waits for one batch at most.
     pub fn exit(self) -> ExitPath {
         self.shared.exit(&self.region)
+    }
+}
+
+/// Merges one region on demand. The region may leave meanwhile; its addresses stay reserved as
+/// long as this is there, so it is not for keeping.
+#[derive(Debug)]
+pub struct RegionMerger {
+    shared: Arc<Shared<LinuxMemory>>,
+    region: Arc<Region<LinuxMemory>>,
+}
+
+impl RegionMerger {
+    /// Scans the region at once, on the caller's thread, and returns when all of it that has an
+    /// equal somewhere is merged. Calm intervals and back-off are not waited for: what is written
+    /// to during the scan is left to the worker. An exit waits for one window of it at most.
+    ///
+    /// # Errors
+    /// [`MergeNowError`] if the region is leaving or the engine is told not to merge. What was
+    /// merged by then stays merged.
+    pub fn merge_now(&self) -> Result<MergedNow, MergeNowError> {
+        self.shared.merge_now(&self.region)
     }
 }
 

@@ -33,12 +33,14 @@
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
 //! | `scanner` | what the worker mutex guards | state |
 //! | `visit`, `watched` | one window: what changed, what to merge | policy |
+//! | `backoff` | how long a busy page is left alone | pure |
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
 //! | `heal` | mappings that are not worth it any more | policy |
 //! | `huge` | which huge pages are split | policy |
 //! | `places` | guesses: what was shared where | pure |
+//! | `merge_now` | one region at once, on its caller's thread | protocol |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `budget` | [`MemoryGauge`]; what is promised of the memory that is left | locks |
 //! | `process_memory` | [`ProcessMemory`]: what the process and the pool hold | system calls |
@@ -55,7 +57,8 @@
 //!
 //! # Locks
 //! Total order, outermost first; a thread may skip locks but never go back:
-//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, or an unmerge. Exits never take it.
+//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, or a window of a
+//!    `merge now`. Exits never take it.
 //! 2. *region locks* (`Region::lock`), for reading by the holder of 1, at most two at a time and
 //!    never one twice; for writing by the exit path, which holds nothing else.
 //! 3. the *control lock* (`Shared::control`): orders to the worker.
@@ -66,6 +69,7 @@
 //! A region's last reference is never dropped under 2, 4 or 5.
 
 mod backing;
+mod backoff;
 mod budget;
 mod control;
 mod dirty;
@@ -84,6 +88,7 @@ mod keyed;
 )]
 mod mapping;
 mod merge;
+mod merge_now;
 mod page;
 mod places;
 mod pool_map;
@@ -108,8 +113,9 @@ mod worker;
 pub use budget::MemoryGauge;
 pub use control::{Pace, Run};
 pub use dirty::{DirtySource, PageSet};
-pub use engine::{Engine, EngineError, RegionHandle, Settings};
+pub use engine::{Engine, EngineError, RegionHandle, RegionMerger, Settings};
 pub use mapping::{Mapping, MappingError};
+pub use merge_now::{MergeNowError, MergedNow};
 pub use page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
 pub use process_memory::ProcessMemory;
 pub use region::RegionId;

@@ -1,8 +1,10 @@
 //! What the holder of the worker mutex owns: items, stable pages, unstable candidates, counters.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::backing::{Backing, Pool};
+use crate::backoff::{INTERVAL, Intervals};
 use crate::budget::Budget;
 use crate::dirty::{PageSet, Watch};
 use crate::heal::HEAL_VMAS_MIN;
@@ -29,9 +31,7 @@ pub(crate) struct Attached<B> {
 
 impl<B> Attached<B> {
     fn metadata_bytes(&self) -> u64 {
-        let watch = self.watch.as_ref().map_or(0, |watch| {
-            watch.dirty.metadata_bytes() + watch.pending.metadata_bytes()
-        });
+        let watch = self.watch.as_ref().map_or(0, Watch::metadata_bytes);
         self.items.metadata_bytes() + watch
     }
 }
@@ -49,6 +49,10 @@ pub(crate) struct Scanner<B: Backing> {
     vma_budget: u64,
     pages_over_vma_budget: u64,
     pub(crate) pages_scanned: u64,
+    pub(crate) pages_skipped: u64,
+    pub(crate) intervals: Intervals,
+    /// Somebody waits for full scans: pages are not put off.
+    pub(crate) hurried: bool,
     pub(crate) full_scans: u64,
     /// Shareable pages of a huge page from which on it is split.
     pub(crate) huge_page_shared_pages_min: u32,
@@ -74,6 +78,9 @@ impl<B: Backing> Scanner<B> {
             vma_budget: u64::from(vma_budget),
             pages_over_vma_budget: 0,
             pages_scanned: 0,
+            pages_skipped: 0,
+            intervals: Intervals::new(INTERVAL, Instant::now()),
+            hurried: false,
             full_scans: 0,
             huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
             heal_vmas_min: HEAL_VMAS_MIN,
@@ -167,6 +174,10 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
+    pub(crate) fn attached(&mut self, id: RegionId) -> Option<&mut Attached<B>> {
+        self.attached.get_mut(&id)
+    }
+
     /// The items of a region that is attached.
     ///
     /// # Panics
@@ -188,6 +199,7 @@ impl<B: Backing> Scanner<B> {
             })
         });
         self.full_scans += 1;
+        self.intervals.end_pass(Instant::now());
     }
 
     /// Punches dead stable pages out of the pool.
@@ -269,6 +281,7 @@ impl<B: Backing> Scanner<B> {
             pages_shared: self.stable.shared_pages(),
             pages_sharing: self.stable.sharers() - self.stable.shared_pages(),
             pages_scanned: self.pages_scanned,
+            pages_skipped: self.pages_skipped,
             full_scans: self.full_scans,
             pages_over_vma_budget: self.pages_over_vma_budget,
             vmas: self.vmas,

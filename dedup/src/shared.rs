@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use crate::backing::Backing;
@@ -127,6 +127,8 @@ impl<B: Backing> Shared<B> {
     /// Scans until `pages` pages were visited, one pass is over, or `run` says stop.
     pub(crate) fn batch(&self, pages: u32) -> Batch {
         let mut scanner = sync::lock(&self.scanner);
+        // Lock order: worker mutex -> control.
+        scanner.hurried = sync::lock(&self.control).waiters > 0;
         let mut batch = Batch::default();
         let mut left = i64::from(pages);
         while left > 0 && batch.passes == 0 && sync::lock(&self.control).run == Run::Merge {
@@ -156,7 +158,7 @@ impl<B: Backing> Shared<B> {
         };
         scanner.attach(&region);
         if page == 0 {
-            scanner.collect_dirty(&inside);
+            scanner.begin_region(&inside);
         }
         let start = scanner.next_to_visit(id, page).unwrap_or(pages);
         let window = start..pages.min((start / WINDOW_PAGES + 1) * WINDOW_PAGES);
@@ -270,7 +272,16 @@ impl<B: Backing> Shared<B> {
         self.work.notify_all();
     }
 
-    fn publish(&self, scanner: &Scanner<B>) {
+    pub(crate) fn lock_scanner(&self) -> MutexGuard<'_, Scanner<B>> {
+        sync::lock(&self.scanner)
+    }
+
+    /// Has a linked slot count as one with items. False if it is not linked any more.
+    pub(crate) fn mark_items(&self, id: RegionId) -> bool {
+        sync::lock(&self.ring).mark_items(id)
+    }
+
+    pub(crate) fn publish(&self, scanner: &Scanner<B>) {
         *sync::lock(&self.published) = scanner.stats();
     }
 }

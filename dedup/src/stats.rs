@@ -25,6 +25,8 @@ pub struct Stats {
     pub pages_zero: u64,
     /// Page visits since the engine was made.
     pub pages_scanned: u64,
+    /// Page visits put off because the page keeps changing, since the engine was made.
+    pub pages_skipped: u64,
     /// Times that every registered region was scanned; 0 again after an unmerge.
     pub full_scans: u64,
     /// Merges that were not made for want of VMAs, in pages.

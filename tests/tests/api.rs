@@ -405,6 +405,54 @@ fn merge_settings_that_are_changed_at_once_are_both_changed() {
 }
 
 #[test]
+fn merge_now_replies_when_the_vms_memory_is_merged() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&["--domain", "ci"]);
+    // A worker that comes round once in an hour.
+    let slow = r#"{"pages_to_scan": 1, "sleep_millisecs": 3600000}"#;
+    server.done("PATCH", "/merge/ci", slow);
+    let merge_now = r#"{"action_type": "MergeNow"}"#;
+    for id in ["a", "b"] {
+        let path = format!("/vms/{id}");
+        server.done("PUT", &path, &pageload(Some("ci")));
+        let early = server.call("PUT", &format!("{path}/actions"), merge_now);
+        assert_eq!(early.status, 400, "it is not started yet");
+        server.done("PUT", &format!("{path}/actions"), START);
+        wait_until("the guest verified its memory", STATE_TIME, || {
+            let report = &server.call("GET", &path, "").json()["report"];
+            report["verify_passes"].as_u64().unwrap_or(0) > 0
+        });
+    }
+    assert_eq!(
+        server.call("GET", "/merge/ci", "").json()["pages_sharing"],
+        0
+    );
+    let merged = |id: &str| {
+        let reply = server.call("PUT", &format!("/vms/{id}/actions"), merge_now);
+        assert_eq!(reply.status, 200, "{}", reply.head);
+        reply.json()
+    };
+    let zero_pages = merged("a")["pages_zero"].as_u64().unwrap_or(0);
+    assert!(zero_pages > 100, "{zero_pages}");
+    let reply = merged("b");
+    let gained = reply["pages_gained"].as_i64().unwrap_or(0);
+    assert!(gained > 1000, "{reply}");
+    let stats = server.call("GET", "/vms/b/merge", "").json();
+    assert_eq!(reply["pages_merging"], stats["pages_merging"]);
+
+    let output = server.cli(&["merge", "a"]);
+    assert!(output.status.success());
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.starts_with("a: "), "{text}");
+
+    server.done("PATCH", "/merge/ci", r#"{"run": "stop"}"#);
+    let refused = server.call("PUT", "/vms/a/actions", merge_now);
+    assert_eq!(refused.status, 400);
+}
+
+#[test]
 fn console_stream_ends_with_the_vm() {
     if !kvm::is_present() {
         return;

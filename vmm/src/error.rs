@@ -87,6 +87,18 @@ pub enum MonitorError {
     /// This VM has no keyboard controller that could deliver the keys.
     #[error("vm {0}: ctrl-alt-del needs a guest that listens to its keyboard controller")]
     NoKeyboard(VmId),
+    /// The VM keeps its memory to itself, so there is nothing to merge.
+    #[error("vm {0}: merge is false, its memory is not merged")]
+    NotMerged(VmId),
+    /// Its memory could not be merged now.
+    #[error("vm {id}: cannot merge now: {error}")]
+    MergeNow {
+        /// The VM.
+        id: VmId,
+        /// Why.
+        #[source]
+        error: dedup::MergeNowError,
+    },
     /// The host refused something the monitor itself needs.
     #[error("{what}: {error}")]
     Host {
@@ -124,7 +136,9 @@ impl MonitorError {
             | MonitorError::IllegalStep { .. }
             | MonitorError::NotRunning { .. }
             | MonitorError::Ending(_)
-            | MonitorError::NoKeyboard(_) => ErrorKind::Conflict,
+            | MonitorError::NoKeyboard(_)
+            | MonitorError::NotMerged(_)
+            | MonitorError::MergeNow { .. } => ErrorKind::Conflict,
             MonitorError::Config { .. } | MonitorError::WrongDomain { .. } => {
                 ErrorKind::InvalidInput
             }

@@ -140,6 +140,11 @@ impl Machine {
         self.ram.merge_stats()
     }
 
+    /// What merges its memory on demand; `None` when it is not merged.
+    pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
+        self.ram.merger()
+    }
+
     /// Takes the VM down. Nothing of it is left when this returns, and its memory was handed over.
     ///
     /// The order is ARCHITECTURE.md, section 6, step 0: vCPUs, then device queues, then every view of the memory,

@@ -327,6 +327,15 @@ impl Monitor {
         Ok(self.find(id)?.merge_stats())
     }
 
+    /// Merges a VM's memory now, on the caller's thread, and returns when that is done.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotRunning`], [`MonitorError::NotMerged`] when the VM keeps its memory to
+    /// itself, [`MonitorError::MergeNow`] when it ends meanwhile or the engine does not merge.
+    pub fn merge_now(&self, id: &VmId) -> Result<dedup::MergedNow, MonitorError> {
+        self.find(id)?.merge_now()
+    }
+
     /// A VM's console. It stays readable after the VM was deleted.
     ///
     /// # Errors

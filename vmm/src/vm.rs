@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
-use dedup::RegionStats;
+use dedup::{MergedNow, RegionStats};
 
 use crate::config::VmConfig;
 use crate::console::Console;
@@ -145,6 +145,24 @@ impl Vm {
     pub(crate) fn nominal_bytes(&self) -> Option<u64> {
         let is_alive = self.state().is_alive();
         is_alive.then(|| self.config.mem_size_bytes())
+    }
+
+    /// Merges its memory now, on the caller's thread.
+    pub(crate) fn merge_now(&self) -> Result<MergedNow, MonitorError> {
+        let merger = {
+            let cell = self.lock();
+            let Some(machine) = cell.machine.as_ref() else {
+                let (id, state) = (self.id.clone(), cell.state.clone());
+                return Err(MonitorError::NotRunning { id, state });
+            };
+            machine.merger()
+        };
+        let id = self.id.clone();
+        // Without the lock: it takes as long as reading all of the memory.
+        let merged = merger.map(|merger| merger.merge_now());
+        merged
+            .ok_or(MonitorError::NotMerged(id.clone()))?
+            .map_err(|error| MonitorError::MergeNow { id, error })
     }
 
     /// Assembles the machine and lets it run. On failure the VM is as before.

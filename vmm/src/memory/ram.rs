@@ -141,6 +141,14 @@ impl Ram {
         }
     }
 
+    /// What merges it on demand; `None` when it is not merged.
+    pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
+        match &self.backing {
+            Backing::Private(_) => None,
+            Backing::Merged(region) => Some(region.merger()),
+        }
+    }
+
     /// Gives the memory back: unmaps it, or hands it to the merge engine (ARCHITECTURE.md, section 6).
     ///
     /// # Errors
