@@ -231,9 +231,7 @@ impl FrontDoor {
     fn patch_domain(&self, name: &DomainName, patch: &MergePatch) -> Result<Reply, Fault> {
         let monitor = self.monitor_for(name)?;
         let engine = monitor.engine();
-        let mut pace = engine.pace();
-        pace.pages_to_scan = patch.pages_to_scan.unwrap_or(pace.pages_to_scan);
-        pace.sleep_millisecs = patch.sleep_millisecs.unwrap_or(pace.sleep_millisecs);
+        let pace = patch.pace(engine.pace()).map_err(Fault::bad_request)?;
         if pace != engine.pace() {
             engine.set_pace(pace);
         }
@@ -314,7 +312,6 @@ impl Roster {
 
 fn describe_domain(monitor: &Monitor) -> Domain {
     let engine = monitor.engine();
-    let pace = engine.pace();
     let vms = monitor
         .list()
         .into_iter()
@@ -326,8 +323,7 @@ fn describe_domain(monitor: &Monitor) -> Domain {
         .collect();
     Domain {
         run: engine.run(),
-        pages_to_scan: pace.pages_to_scan,
-        sleep_millisecs: pace.sleep_millisecs,
+        pace: engine.pace(),
         stats: engine.stats(),
         vms,
     }

@@ -140,6 +140,7 @@ fn values_of_the_bodies_arrive() {
         run: Some(dedup::Run::Unmerge),
         pages_to_scan: Some(7),
         sleep_millisecs: Some(0),
+        ..MergePatch::default()
     };
     assert_eq!(patch, expected);
 }

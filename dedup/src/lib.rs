@@ -31,6 +31,7 @@
 //! | `ring` | slots and cursor | pure |
 //! | `region` | a region, its lock, its `exiting` flag | locks |
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
+//! | `advisor` | [`AdvisorMode`]: pages of a batch, rest after it | pure |
 //! | `scanner` | what the worker mutex guards | state |
 //! | `visit`, `watched` | one window: what changed, what to merge | policy |
 //! | `backoff` | how long a busy page is left alone | pure |
@@ -46,6 +47,7 @@
 //! | `mapping` | reserved ranges | system calls |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
+//! | `stopwatch` | what a batch takes | thin |
 //! | `sync` | locks and what poison means | thin |
 //!
 //! # Locks
@@ -60,6 +62,7 @@
 //!
 //! A region's last reference is never dropped under 2, 4 or 5.
 
+mod advisor;
 mod backing;
 mod backoff;
 mod control;
@@ -84,6 +87,7 @@ mod scanner;
 mod shared;
 mod stable;
 mod stats;
+mod stopwatch;
 mod sync;
 mod unmerge;
 mod unstable;
@@ -91,7 +95,8 @@ mod visit;
 mod watched;
 mod worker;
 
-pub use control::{Pace, Run};
+pub use advisor::AdvisorMode;
+pub use control::{Pace, PaceError, Run};
 pub use dirty::{DirtySource, PageSet};
 pub use engine::{Engine, EngineError, RegionHandle, RegionMerger, Settings};
 pub use mapping::{Mapping, MappingError};

@@ -367,6 +367,56 @@ fn merge_settings_change_one_by_one() {
 }
 
 #[test]
+fn the_advisor_and_the_cpu_cap_are_set_live_and_shown() {
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&["--domain", "ci"]);
+    let domain = || server.call("GET", "/merge/ci", "").json();
+    assert_eq!(domain()["advisor_mode"], "none");
+    assert_eq!(domain()["max_cpu_percent"], 100);
+    let change = r#"{"advisor_mode": "scan-time", "max_cpu_percent": 30, "target_scan_time_ms": 700,
+        "advisor_min_pages_to_scan": 90, "advisor_max_pages_to_scan": 9000}"#;
+    server.done("PATCH", "/merge/ci", change);
+    let advised = domain();
+    assert_eq!(advised["advisor_mode"], "scan-time");
+    assert_eq!(advised["max_cpu_percent"], 30);
+    assert_eq!(advised["target_scan_time_ms"], 700);
+    assert_eq!(advised["advisor_min_pages_to_scan"], 90);
+    assert_eq!(advised["advisor_max_pages_to_scan"], 9000);
+    for (body, named) in [
+        (r#"{"pages_to_scan": 9}"#, "pages_to_scan 9"),
+        (r#"{"max_cpu_percent": 101}"#, "max_cpu_percent 101"),
+        (r#"{"max_cpu_percent": 0}"#, "max_cpu_percent 0"),
+        (r#"{"target_scan_time_ms": 0}"#, "target_scan_time_ms"),
+        (
+            r#"{"advisor_max_pages_to_scan": 89}"#,
+            "advisor_min_pages_to_scan 90",
+        ),
+        (r#"{"advisor_mode": "always"}"#, "always"),
+    ] {
+        assert_refused(&server, ("PATCH", "/merge/ci", body, 400, named));
+    }
+    assert_eq!(domain(), advised, "what is refused changes nothing");
+    let shown = server.cli(&["stats"]);
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(
+        shown.contains("scan-time") && shown.contains("30 %"),
+        "{shown}"
+    );
+
+    // With something to scan, the advisor says how many pages a batch has.
+    server.done("PUT", "/vms/a", &pageload(Some("ci")));
+    server.done("PUT", "/vms/a/actions", START);
+    wait_until("the advisor has advised", STATE_TIME, || {
+        domain()["pages_to_scan"] != advised["pages_to_scan"]
+            && domain()["worker_cpu_us"].as_u64().unwrap_or(0) > 0
+    });
+    server.done("PATCH", "/merge/ci", r#"{"advisor_mode": "none"}"#);
+    assert_eq!(domain()["pages_to_scan"], advised["pages_to_scan"]);
+}
+
+#[test]
 fn merge_now_replies_when_the_vms_memory_is_merged() {
     if !kvm::is_present() {
         return;
