@@ -237,7 +237,7 @@ impl FrontDoor {
     fn patch_domain(&self, name: &DomainName, patch: &MergePatch) -> Result<Reply, Fault> {
         let monitor = self.monitor_for(name)?;
         let engine = monitor.engine();
-        self.patch_pace(engine, patch);
+        self.patch_pace(engine, patch)?;
         if let Some(bytes) = patch.memory_budget {
             monitor.set_memory_budget(bytes.filter(|&bytes| bytes > 0));
         }
@@ -254,17 +254,15 @@ impl FrontDoor {
         Ok(Reply::Empty)
     }
 
-    fn patch_pace(&self, engine: &dedup::Engine, patch: &MergePatch) {
+    fn patch_pace(&self, engine: &dedup::Engine, patch: &MergePatch) -> Result<(), Fault> {
         // It guards no data that a panic could leave half done.
-        let patching = self.patching.lock().unwrap_or_else(PoisonError::into_inner);
+        let _patching = self.patching.lock().unwrap_or_else(PoisonError::into_inner);
         let before = engine.pace();
-        let mut pace = before;
-        pace.pages_to_scan = patch.pages_to_scan.unwrap_or(pace.pages_to_scan);
-        pace.sleep_millisecs = patch.sleep_millisecs.unwrap_or(pace.sleep_millisecs);
+        let pace = patch.pace(before).map_err(Fault::bad_request)?;
         if pace != before {
             engine.set_pace(pace);
         }
-        drop(patching);
+        Ok(())
     }
 }
 
@@ -337,7 +335,6 @@ impl Roster {
 
 fn describe_domain(monitor: &Monitor) -> Domain {
     let engine = monitor.engine();
-    let pace = engine.pace();
     let vms = monitor
         .list()
         .into_iter()
@@ -349,8 +346,7 @@ fn describe_domain(monitor: &Monitor) -> Domain {
         .collect();
     Domain {
         run: engine.run(),
-        pages_to_scan: pace.pages_to_scan,
-        sleep_millisecs: pace.sleep_millisecs,
+        pace: engine.pace(),
         stats: engine.stats(),
         memory: monitor.memory(),
         vms,

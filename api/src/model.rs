@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use dedup::{RegionStats, Run, Stats};
+use dedup::{Pace, RegionStats, Run, Stats};
 use serde::{Deserialize, Serialize};
 use vmm::{MemoryInfo, VmInfo, VmState};
 
@@ -64,10 +64,9 @@ pub struct Report {
 pub struct Domain {
     /// What the worker does.
     pub run: Run,
-    /// Pages looked at per batch.
-    pub pages_to_scan: u32,
-    /// Sleep between batches.
-    pub sleep_millisecs: u32,
+    /// How fast it does it.
+    #[serde(flatten)]
+    pub pace: Pace,
     /// The engine's counters over all VMs of the domain.
     #[serde(flatten)]
     pub stats: Stats,
@@ -152,8 +151,7 @@ mod tests {
         };
         let domain = Domain {
             run: Run::Merge,
-            pages_to_scan: 1,
-            sleep_millisecs: 1,
+            pace: Pace::default(),
             stats: Stats::default(),
             memory: MemoryInfo::default(),
             vms: BTreeMap::new(),

@@ -160,6 +160,17 @@ impl Watch {
             .sum()
     }
 
+    /// Pages to be looked at: dirty ones, and the others.
+    pub(crate) fn count(&self) -> (u32, u32) {
+        let words = self.dirty.words.iter().zip(&self.pending.words);
+        words.fold((0, 0), |(dirty, others), (now, later)| {
+            (
+                dirty + now.count_ones(),
+                others + (later & !now).count_ones(),
+            )
+        })
+    }
+
     /// Has a volatile page looked at when it is due, and not before unless it is dirty again.
     pub(crate) fn put_off(&mut self, page: u32, due: Interval) {
         self.pending.remove(page);

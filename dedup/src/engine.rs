@@ -172,9 +172,10 @@ impl Engine {
         sync::lock(&self.shared.control).pace
     }
 
-    /// Changes how fast the worker scans, from the next batch on.
+    /// Changes how fast the worker scans, from the next batch on. What [`Pace::validate`] refuses
+    /// is taken as the nearest that it would not.
     pub fn set_pace(&self, pace: Pace) {
-        sync::lock(&self.shared.control).pace = pace;
+        sync::lock(&self.shared.control).set_pace(pace);
         self.shared.kick();
     }
 

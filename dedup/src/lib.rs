@@ -31,6 +31,7 @@
 //! | `ring` | slots and cursor | pure |
 //! | `region` | a region, its lock, its `exiting` flag | locks |
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
+//! | `advisor` | [`AdvisorMode`]: pages of a batch, rest after it | pure |
 //! | `scanner` | what the worker mutex guards | state |
 //! | `visit`, `watched` | one window: what changed, what to merge | policy |
 //! | `backoff` | how long a busy page is left alone | pure |
@@ -53,6 +54,7 @@
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
 //! | `fault` | faults on demand, for tests | thin |
+//! | `stopwatch` | what a batch takes | thin |
 //! | `sync` | locks and what poison means | thin |
 //!
 //! # Locks
@@ -68,6 +70,7 @@
 //!
 //! A region's last reference is never dropped under 2, 4 or 5.
 
+mod advisor;
 mod backing;
 mod backoff;
 mod budget;
@@ -103,6 +106,7 @@ mod share;
 mod shared;
 mod stable;
 mod stats;
+mod stopwatch;
 mod sync;
 mod unmerge;
 mod unstable;
@@ -110,8 +114,9 @@ mod visit;
 mod watched;
 mod worker;
 
+pub use advisor::AdvisorMode;
 pub use budget::MemoryGauge;
-pub use control::{Pace, Run};
+pub use control::{Pace, PaceError, Run};
 pub use dirty::{DirtySource, PageSet};
 pub use engine::{Engine, EngineError, RegionHandle, RegionMerger, Settings};
 pub use mapping::{Mapping, MappingError};

@@ -27,6 +27,8 @@ pub(crate) struct Attached<B> {
     pub(crate) items: Items,
     /// For a region whose dirty pages somebody can tell.
     pub(crate) watch: Option<Watch>,
+    /// Pages that a pass has to visit here, as the last one knew when it began.
+    pub(crate) due_pages: u32,
 }
 
 impl<B> Attached<B> {
@@ -103,6 +105,7 @@ impl<B: Backing> Scanner<B> {
                 region: Arc::clone(region),
                 items,
                 watch,
+                due_pages: region.backing().pages(),
             }
         });
     }
@@ -176,6 +179,12 @@ impl<B: Backing> Scanner<B> {
 
     pub(crate) fn attached(&mut self, id: RegionId) -> Option<&mut Attached<B>> {
         self.attached.get_mut(&id)
+    }
+
+    /// Pages that a pass has to visit.
+    pub(crate) fn due_pages(&self) -> u64 {
+        let due_pages = |attached: &Attached<B>| u64::from(attached.due_pages);
+        self.attached.values().map(due_pages).sum()
     }
 
     /// The items of a region that is attached.

@@ -36,6 +36,10 @@ pub(crate) struct Batch {
     pub(crate) passes: u64,
     /// State changes seen in the passes that ended.
     pub(crate) changes: u64,
+    /// Pages visited.
+    pub(crate) pages: u64,
+    /// Pages that a pass has to visit, as far as it is known.
+    pub(crate) due_pages: u64,
 }
 
 /// Everything that the engine's threads share. Lock order: see the crate's documentation.
@@ -135,9 +139,11 @@ impl<B: Backing> Shared<B> {
             let Some(visited) = self.step(&mut scanner, &mut batch) else {
                 break;
             };
+            batch.pages += u64::from(visited);
             // A window without a page in memory still takes a system call.
             left -= i64::from(visited.max(WINDOW_PAGES / 64));
         }
+        batch.due_pages = scanner.due_pages();
         self.publish(&scanner);
         batch
     }
@@ -239,8 +245,10 @@ impl<B: Backing> Shared<B> {
     /// Counters as of the last batch.
     pub(crate) fn stats(&self) -> Stats {
         let slots = sync::lock(&self.ring).len() as u64;
+        let worker_cpu = sync::lock(&self.control).worker_cpu;
         Stats {
             slots,
+            worker_cpu_us: u64::try_from(worker_cpu.as_micros()).unwrap_or(u64::MAX),
             ..*sync::lock(&self.published)
         }
     }

@@ -31,6 +31,8 @@ pub struct Stats {
     pub full_scans: u64,
     /// Merges that were not made for want of VMAs, in pages.
     pub pages_over_vma_budget: u64,
+    /// CPU time that the worker has taken, in microseconds.
+    pub worker_cpu_us: u64,
     /// Registered regions, those still to be finished by the worker included.
     pub slots: u64,
     /// VMAs that registered regions take at most.

@@ -29,6 +29,8 @@ impl<B: Backing> Scanner<B> {
                 attached.items.now = interval;
                 attached.items.worth = WORTH;
                 watch.release_due(&attached.items, hurried);
+                let (dirty_pages, other_pages) = watch.count();
+                attached.due_pages = dirty_pages / DIRTY_PER_READ + other_pages;
             }
             None => attached.items.now = Interval(pass),
         }

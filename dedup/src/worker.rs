@@ -8,6 +8,7 @@ use std::time::Instant;
 use crate::backing::Backing;
 use crate::control::Run;
 use crate::shared::Shared;
+use crate::stopwatch::Stopwatch;
 use crate::sync;
 
 /// What the worker does next.
@@ -55,9 +56,11 @@ fn work<B: Backing>(shared: &Shared<B>) -> bool {
         Next::Stop => return false,
         Next::Reap => shared.reap(),
         Next::Batch { pages } => {
+            let begun = Stopwatch::start();
             let batch = shared.batch(pages);
+            let spent = begun.spent();
             let mut control = sync::lock(&shared.control);
-            control.note_batch(batch.passes, batch.changes);
+            control.note_batch(&batch, spent);
             if batch.passes > 0 {
                 shared.work.notify_all();
             }
@@ -90,13 +93,15 @@ fn wait_for_work<B: Backing>(shared: &Shared<B>) -> Next {
 /// Pauses as the pace says, unless something happens. False when the worker is to end.
 fn pause<B: Backing>(shared: &Shared<B>) -> bool {
     let mut control = sync::lock(&shared.control);
-    let until = Instant::now() + control.pause();
+    let begun = Instant::now();
+    let until = begun + control.pause();
     while !control.kicked && !control.stop && control.waiters == 0 {
         let Some(left) = until.checked_duration_since(Instant::now()) else {
             break;
         };
         control = sync::wait_timeout(&shared.work, control, left);
     }
+    control.note_pause(begun.elapsed());
     if control.kicked {
         control.wake_up();
     }

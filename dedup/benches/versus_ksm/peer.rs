@@ -122,6 +122,7 @@ impl Samepage {
             pace: Pace {
                 pages_to_scan: 20_000,
                 sleep_millisecs: 0,
+                ..Pace::default()
             },
             ..Settings::default()
         };
