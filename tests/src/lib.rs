@@ -10,6 +10,7 @@
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`linux`] | the Linux guest and its console |
 //! | [`kvm`] | whether VMs can run here |
+//! | [`refusal`] | requests that the API must refuse |
 //! | [`tiny_kernel`] | guests of a few bytes |
 //! | [`proc`] | what a process holds: threads, descriptors, mappings, memfd pages |
 //! | [`wait`] | waiting for a condition, with a deadline |
@@ -25,6 +26,7 @@ pub mod http;
 pub mod kvm;
 pub mod linux;
 pub mod proc;
+pub mod refusal;
 pub mod server;
 pub mod tiny_kernel;
 pub mod wait;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use samepage_tests::kvm;
+use samepage_tests::refusal::assert_refused;
 use samepage_tests::server::Server;
 use samepage_tests::wait::wait_until;
 use serde_json::json;
@@ -22,16 +23,6 @@ fn pageload(merge_domain: Option<&str>) -> String {
         "samepage": {"merge_domain": merge_domain},
     });
     config.to_string()
-}
-
-/// A request that must be refused: method, path, body, status, and what the fault must name.
-type Refusal<'a> = (&'a str, &'a str, &'a str, u16, &'a str);
-
-fn assert_refused(server: &Server, (method, path, body, status, named): Refusal<'_>) {
-    let reply = server.call(method, path, body);
-    let fault = reply.fault();
-    assert_eq!(reply.status, status, "{method} {path} {body}: {fault}");
-    assert!(fault.contains(named), "{method} {path} {body}: {fault}");
 }
 
 #[test]
