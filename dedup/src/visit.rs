@@ -124,13 +124,11 @@ impl<B: Backing> Scanner<B> {
         if !calm {
             self.unshared_by_guest(id, page);
             let items = self.items(id);
-            let backoff = items.backoff(page);
             items.set_state(page, PageState::Volatile { checksum });
-            if matches!(before, PageState::Volatile { .. }) {
-                items.set_backoff(page, backoff.changed(items.now));
-            } else {
-                self.changes += 1;
+            if let PageState::Volatile { .. } | PageState::Unshared { .. } = before {
+                items.set_backoff(page, items.backoff(page).changed(items.now));
             }
+            self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
             return;
         }
         self.changes += u64::from(!matches!(before, PageState::Unshared { .. }));
