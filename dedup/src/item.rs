@@ -77,7 +77,8 @@ impl Item {
         let before = self.backoff();
         let after = match (self.state(), state) {
             (_, Untracked) => Backoff::default(),
-            (Stable(_) | Zero | Unshared { .. }, Volatile { .. }) => before.broken(now, worth),
+            (Stable(_) | Zero, Volatile { .. }) => before.broken(now, worth),
+            (Unshared { .. }, Volatile { .. }) => before.disturbed(now, worth),
             (Untracked | Volatile { .. }, Volatile { .. }) => before.stirred(now),
             // A partner that was taken for calm long ago is only now worth something.
             (_, Stable(_) | Zero) => before.calmed(now),

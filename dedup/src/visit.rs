@@ -143,13 +143,11 @@ impl<B: Backing> Scanner<B> {
         if !calm {
             self.unshared_by_guest(id, page);
             let items = self.items(id);
-            let backoff = items.backoff(page);
             items.set_state(page, PageState::Volatile { checksum });
-            if matches!(before, PageState::Volatile { .. }) {
-                items.set_backoff(page, backoff.changed(items.now));
-            } else {
-                self.changes += 1;
+            if let PageState::Volatile { .. } | PageState::Unshared { .. } = before {
+                items.set_backoff(page, items.backoff(page).changed(items.now));
             }
+            self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
             return;
         }
         self.changes += u64::from(!matches!(before, PageState::Unshared { .. }));
@@ -171,8 +169,14 @@ impl<B: Backing> Scanner<B> {
         let id = inside.region.id();
         let read = self.read_page(inside, page);
         let checksum = read.0.checksum();
-        self.items(id)
-            .set_state(page, PageState::Volatile { checksum });
+        let items = self.items(id);
+        if let PageState::Volatile { checksum: seen } = items.state(page)
+            && seen != 0
+            && seen != checksum
+        {
+            items.set_backoff(page, items.backoff(page).changed(items.now));
+        }
+        items.set_state(page, PageState::Volatile { checksum });
         self.plan_calm(id, page, read, plan);
     }
 

@@ -163,6 +163,12 @@ impl FakeMemory {
         sync::lock(&self.written).push(page);
     }
 
+    /// Has the source name a page that was not written to, as KVM's dirty log does after a read
+    /// for which it mapped the page writable.
+    pub(crate) fn name_dirty(&self, page: u32) {
+        sync::lock(&self.written).push(page);
+    }
+
     /// Lets the guest write just before anything is protected next.
     pub(crate) fn write_before_protection(&self, page: u32, content: Content) {
         sync::lock(&self.racing).push((page, content));
