@@ -44,7 +44,7 @@ pub struct Settings {
 pub enum EngineError {
     /// The kernel lacks userfaultfd write protection, or denies it.
     #[error(
-        "userfaultfd with write protection is not available (Linux 5.19 and access to /dev/userfaultfd are needed): {0}"
+        "userfaultfd with write protection is not available (Linux 6.4 and access to /dev/userfaultfd are needed): {0}"
     )]
     Userfaultfd(io::Error),
     /// No pool.

@@ -115,3 +115,47 @@ fn a_region_that_breaks_most_of_its_pages_gives_their_mappings_back() {
         assert_holds(&regions[0], page, shuffled(0, page));
     }
 }
+
+/// Pages that have no memory yet are not protected by themselves: there is nothing to protect.
+#[test]
+fn a_first_write_to_a_page_of_a_block_that_is_healed_is_kept() {
+    const BLOCKS: usize = 32;
+    const PAGES: usize = BLOCKS * 512;
+    let engine = Engine::new(&Settings::default()).expect("this host has userfaultfd");
+    let regions = [1, 389].map(|step| {
+        let mapping = Mapping::new(PAGES * PAGE_SIZE_BYTES).expect("address space is there");
+        let region = engine
+            .register(mapping)
+            .expect("the kernel takes the range");
+        // Every other page stays without memory.
+        let number = |page: usize| 1 + (page / 2 * step % (PAGES / 2)) as u64;
+        (0..PAGES)
+            .step_by(2)
+            .for_each(|page| write_page(&region, page, number(page)));
+        region
+    });
+    wait_for_passes(&engine);
+    assert_eq!(engine.stats().pages_sharing, PAGES as u64 / 2);
+    engine.set_run(Run::Stop).expect("merging stops");
+    let [_, region] = &regions;
+    (0..PAGES)
+        .step_by(2)
+        .for_each(|page| write_page(region, page, 1_000_000 + page as u64));
+    engine.set_run(Run::Merge).expect("merging starts");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for page in (0..PAGES / 2).map(|index| index * 1021 % (PAGES / 2) * 2 + 1) {
+                // SAFETY: the word lies inside the region, which is mapped.
+                unsafe { word(region, page, 5).write_volatile(page as u64) };
+                (0..200).for_each(|_| std::hint::spin_loop());
+            }
+        });
+        wait_for_passes(&engine);
+    });
+    assert!(vmas(region) < PAGES / 16, "{} mappings", vmas(region));
+    let lost = (1..PAGES).step_by(2).filter(|&page| {
+        // SAFETY: the word lies inside the region, which is mapped.
+        unsafe { word(region, page, 5).read_volatile() != page as u64 }
+    });
+    assert_eq!(lost.count(), 0, "first writes are lost");
+}

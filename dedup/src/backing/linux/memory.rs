@@ -223,11 +223,14 @@ impl Backing for LinuxMemory {
         self.residency(range.clone(), &mut found)?;
         let mut has_content = under.to_vec();
         for (pages, residency) in found {
-            // Pages that are swapped out, or just being moved, are read back in.
-            if residency != Residency::ZeroPage {
-                has_content
-                    [(pages.start - range.start) as usize..(pages.end - range.start) as usize]
-                    .fill(true);
+            for page in pages {
+                has_content[(page - range.start) as usize] |= match residency {
+                    Residency::Private | Residency::Pool => true,
+                    Residency::ZeroPage => false,
+                    // Swapped out, just being moved, or without memory: the protection of such a
+                    // page looks the same (`mm/mprotect.c`, `PTE_MARKER_UFFD_WP`).
+                    Residency::Swapped => !self.is_zero(page),
+                };
             }
         }
         for (page, _) in (0..)

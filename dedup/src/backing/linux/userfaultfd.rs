@@ -23,6 +23,9 @@ use super::check;
 const UFFD_API: u64 = 0xaa;
 const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+/// Protects pages without memory too (Linux 6.4), as it always does in mappings of the pool: a first
+/// write to one would else go past the protection of the range that it lies in.
+const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 
@@ -36,7 +39,9 @@ impl Userfaultfd {
         let fd = Self::open_by_device().or_else(|_| Self::open_by_system_call())?;
         let mut api = uffdio_api {
             api: UFFD_API,
-            features: UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+            features: UFFD_FEATURE_PAGEFAULT_FLAG_WP
+                | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+                | UFFD_FEATURE_WP_UNPOPULATED,
             ioctls: 0,
         };
         let opened = Userfaultfd(fd);
