@@ -261,6 +261,7 @@ fn rounds(
         pace: Pace {
             pages_to_scan: 512,
             sleep_millisecs: 1,
+            ..Pace::default()
         },
         huge_page_shared_pages_min: Some(64),
         ..Settings::default()
