@@ -107,6 +107,9 @@ impl<B: Backing> Scanner<B> {
             let watched = self.pending(pair.partner).is_some();
             let partner = (pair.partner, pair.partner_page);
             self.unstable.insert(pair.fingerprint, partner, watched);
+            if self.pending(id).is_some() {
+                self.unstable.leave_out(pair.fingerprint, (id, pair.page));
+            }
         }
         for page in plan.pages() {
             if let PageState::Volatile { checksum } = self.items(id).state(page) {

@@ -20,16 +20,29 @@ pub(crate) struct Unstable {
     passing: Entries,
     /// Of watched regions.
     lasting: Entries,
+    /// Of watched regions' huge pages that are not worth splitting yet, whose equals are known in
+    /// `lasting`: whichever side is looked at again finds the other.
+    left_out: Entries,
     /// Size of `lasting` when it was last freed of stale entries.
     lasting_fresh: usize,
 }
 
 impl Unstable {
-    /// Takes the page with this fingerprint out.
-    pub(crate) fn take(&mut self, fingerprint: Fingerprint) -> Option<(RegionId, u32)> {
-        self.lasting
-            .remove(&fingerprint)
-            .or_else(|| self.passing.remove(&fingerprint))
+    /// Takes a page with this fingerprint out, another than `page`.
+    pub(crate) fn take_other(
+        &mut self,
+        fingerprint: Fingerprint,
+        page: (RegionId, u32),
+    ) -> Option<(RegionId, u32)> {
+        [&mut self.lasting, &mut self.passing, &mut self.left_out]
+            .into_iter()
+            .filter_map(|entries| entries.remove(&fingerprint))
+            .find(|&other| other != page)
+    }
+
+    /// Keeps a page of a watched region that has an equal in the index already.
+    pub(crate) fn leave_out(&mut self, fingerprint: Fingerprint, page: (RegionId, u32)) {
+        self.left_out.insert(fingerprint, page);
     }
 
     /// Puts a page in, in place of an older one of the same fingerprint.
@@ -50,12 +63,15 @@ impl Unstable {
     /// Ends a pass. `is_valid` tells whether a page is still calm and alone, by its item.
     pub(crate) fn end_pass(&mut self, is_valid: impl Fn(RegionId, u32, u32) -> bool) {
         self.passing.clear();
-        if self.lasting.len() > 2 * self.lasting_fresh + STALE_ENTRIES_MIN {
-            self.lasting
-                .retain(|fingerprint, &mut (id, page)| is_valid(id, page, fingerprint.checksum()));
-            self.lasting_fresh = self.lasting.len();
+        if self.lasting.len() + self.left_out.len() > 2 * self.lasting_fresh + STALE_ENTRIES_MIN {
+            for entries in [&mut self.lasting, &mut self.left_out] {
+                entries.retain(|fingerprint, &mut (id, page)| {
+                    is_valid(id, page, fingerprint.checksum())
+                });
+            }
+            self.lasting_fresh = self.lasting.len() + self.left_out.len();
         }
-        for entries in [&mut self.passing, &mut self.lasting] {
+        for entries in [&mut self.passing, &mut self.lasting, &mut self.left_out] {
             // Room counts against what is saved; a table as full as this one is not rebuilt soon.
             if entries.capacity() > 3 * entries.len() + STALE_ENTRIES_MIN {
                 entries.shrink_to(entries.len() + entries.len() / 2);
@@ -70,7 +86,9 @@ impl Unstable {
 
     pub(crate) fn metadata_bytes(&self) -> u64 {
         let entry_bytes = size_of::<(Fingerprint, (RegionId, u32))>() + 1;
-        ((self.passing.capacity() + self.lasting.capacity()) * entry_bytes) as u64
+        let entries = [&self.passing, &self.lasting, &self.left_out];
+        let capacity: usize = entries.map(|entries| entries.capacity()).iter().sum();
+        (capacity * entry_bytes) as u64
     }
 }
 
@@ -84,9 +102,22 @@ mod tests {
         unstable.insert(Fingerprint(1), (RegionId(1), 1), false);
         unstable.insert(Fingerprint(2), (RegionId(2), 2), true);
         unstable.end_pass(|_, _, _| true);
-        assert_eq!(unstable.take(Fingerprint(1)), None);
-        assert_eq!(unstable.take(Fingerprint(2)), Some((RegionId(2), 2)));
-        assert_eq!(unstable.take(Fingerprint(2)), None);
+        let own = (RegionId(9), 9);
+        assert_eq!(unstable.take_other(Fingerprint(1), own), None);
+        let other = Some((RegionId(2), 2));
+        assert_eq!(unstable.take_other(Fingerprint(2), own), other);
+        assert_eq!(unstable.take_other(Fingerprint(2), own), None);
+    }
+
+    #[test]
+    fn of_two_equal_pages_that_are_left_out_each_finds_the_other() {
+        let (one, other) = ((RegionId(1), 1), (RegionId(2), 2));
+        for (looking, found) in [(one, other), (other, one)] {
+            let mut unstable = Unstable::default();
+            unstable.insert(Fingerprint(1), one, true);
+            unstable.leave_out(Fingerprint(1), other);
+            assert_eq!(unstable.take_other(Fingerprint(1), looking), Some(found));
+        }
     }
 
     #[test]

@@ -221,11 +221,7 @@ impl<B: Backing> Scanner<B> {
     }
 
     fn find_partner(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint, plan: &mut Plan) {
-        match self
-            .unstable
-            .take(fingerprint)
-            .filter(|&other| other != (id, page))
-        {
+        match self.unstable.take_other(fingerprint, (id, page)) {
             Some((partner, partner_page)) => {
                 plan.founding.insert(fingerprint);
                 plan.pairs.push(Pair {
