@@ -27,7 +27,7 @@ pub struct Pace {
     /// Pages visited in a batch. With an advisor, what it advised last.
     pub pages_to_scan: u32,
     /// Pause between two batches, in milliseconds. While passes change nothing it doubles, up to
-    /// 64 times.
+    /// 640 ms.
     pub sleep_millisecs: u32,
     /// Highest share of one CPU for the worker, 1 to 100: pauses are made longer to keep it, with
     /// an advisor or without. Not kept while somebody waits for full scans.
@@ -115,8 +115,12 @@ impl Default for Pace {
     }
 }
 
-/// The pause never doubles more often than this.
-const IDLE_LEVEL_MAX: u32 = 6;
+/// The pause does not double beyond this, whatever the pace: waking up for nothing is what an idle
+/// domain costs.
+const IDLE_PAUSE_MAX: Duration = Duration::from_millis(640);
+
+/// Doublings after which a millisecond is beyond [`IDLE_PAUSE_MAX`].
+const IDLE_LEVEL_MAX: u32 = 10;
 
 /// The worker's orders, behind the control lock.
 #[derive(Debug)]
@@ -207,8 +211,11 @@ impl Control {
         // A pace without pauses still must not burn a core for nothing.
         let idle_millisecs = u32::from(self.idle_level > 0);
         let sleep_millisecs = self.pace.sleep_millisecs.max(idle_millisecs);
-        let sleep = Duration::from_millis(u64::from(sleep_millisecs)) * (1 << self.idle_level);
-        sleep.max(rest(self.batch_cpu, self.pace.cpu_percent()))
+        let sleep = Duration::from_millis(u64::from(sleep_millisecs));
+        let idle = (sleep * (1 << self.idle_level)).min(IDLE_PAUSE_MAX);
+        sleep
+            .max(idle)
+            .max(rest(self.batch_cpu, self.pace.cpu_percent()))
     }
 }
 
@@ -253,6 +260,21 @@ mod tests {
         assert_eq!(control.pause(), Duration::ZERO);
         note(&mut control, 1, 0);
         assert_eq!(control.pause(), Duration::from_millis(2));
+        for _ in 0..20 {
+            note(&mut control, 1, 0);
+        }
+        assert_eq!(control.pause(), IDLE_PAUSE_MAX);
+    }
+
+    #[test]
+    fn a_long_pause_stays_as_long_as_it_is() {
+        let pace = Pace {
+            sleep_millisecs: 5000,
+            ..Pace::default()
+        };
+        let mut control = Control::new(Run::Merge, pace);
+        note(&mut control, 1, 0);
+        assert_eq!(control.pause(), Duration::from_millis(5000));
     }
 
     #[test]
