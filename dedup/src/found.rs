@@ -11,7 +11,7 @@ use crate::backing::{Backing, Pool};
 use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
 use crate::merge::{RUN_PAGES_MAX, run_len};
-use crate::page::{PoolPage, runs};
+use crate::page::{HUGE_PAGE_PAGES, PoolPage, runs};
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 use crate::share::Candidate;
@@ -97,9 +97,11 @@ impl<B: Backing> Scanner<B> {
     }
 
     fn share_with_partners(&mut self, inside: &Entered<'_, B>, founded: &[Founded]) {
+        // Not from one huge page to the next: each is split, or not, for its own pages.
         let continues = |a: &Founded, b: &Founded| {
             a.0.partner == b.0.partner
                 && a.0.partner_page + 1 == b.0.partner_page
+                && !b.0.partner_page.is_multiple_of(HUGE_PAGE_PAGES)
                 && a.1.plus(1) == b.1
         };
         for run in runs(founded, RUN_PAGES_MAX, continues) {
