@@ -55,17 +55,14 @@ pub(crate) trait Backing: Send + Sync + 'static {
     /// Whether a page shows only zeros.
     fn is_zero(&self, page: u32) -> bool;
 
-    /// Whether a page shows the same bytes as a page of `other`.
-    fn equals(&self, page: u32, other: &Self, other_page: u32) -> bool;
-
     /// Whether a page shows the same bytes as a page of the pool.
     fn equals_pool(&self, page: u32, pool: &Self::Pool, pool_page: PoolPage) -> bool;
 
     /// Whether a page begins like a page of the pool. Where it does not, they are not equal.
     fn may_equal_pool(&self, page: u32, pool: &Self::Pool, pool_page: PoolPage) -> bool;
 
-    /// Copies the pages of `range`, whose writers are stopped, into the pool from `first` on, where
-    /// nobody maps anything yet. They may be freed meanwhile by an exit, and count as zeros then.
+    /// Copies the pages of `range` into the pool from `first` on, where nobody maps anything yet.
+    /// The guest may be writing to them, and an exit may free them, which makes them zeros.
     fn fill(&self, range: PageRange, pool: &Self::Pool, first: PoolPage) -> io::Result<()>;
 
     /// Stops writers of `range` until [`Backing::release`]. `remapped` tells that part of it was
@@ -101,6 +98,9 @@ pub(crate) trait Backing: Send + Sync + 'static {
 
 /// Where stable pages live.
 pub(crate) trait Pool: std::fmt::Debug + Send + Sync + 'static {
+    /// Copies a page out that was filled.
+    fn read(&self, page: PoolPage, into: &mut PageBuf);
+
     /// Gives back `pages` pages from `first` on, which nobody maps as shared any more.
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()>;
 }

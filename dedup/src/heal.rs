@@ -28,6 +28,10 @@ pub(crate) const HEAL_VMAS_MIN: u32 = 16;
 /// two, its own and its right neighbour's.
 const VMAS_PER_SHARED_PAGE: u32 = 4;
 
+/// Pages copied under one protection: their writers wait, for half a millisecond or so. A block that
+/// is healed keeps a mapping for each such part.
+pub(crate) const PART_PAGES: u32 = HUGE_PAGE_PAGES / 4;
+
 /// Whether a block with so many mappings is to be healed.
 fn is_broken(vmas: u32, shared_pages: u32, vmas_min: u32) -> bool {
     vmas >= vmas_min && vmas > shared_pages.saturating_mul(VMAS_PER_SHARED_PAGE)
@@ -47,24 +51,31 @@ impl<B: Backing> Scanner<B> {
         if !self.budget.has_room(bytes_of(HUGE_PAGE_PAGES)) {
             return;
         }
-        if let Err(error) = self.rebuild(inside, block.clone()) {
-            // It costs VMAs and nothing else.
-            let id = inside.region.id().0;
-            log::warn!("cannot heal pages {block:?} of region {id}: {error}");
+        let id = inside.region.id();
+        for start in block.clone().step_by(PART_PAGES as usize) {
+            let part = start..block.end.min(start + PART_PAGES);
+            // Nothing is won where there is one mapping.
+            if self.items(id).vmas_in(&part) < 2 {
+                continue;
+            }
+            if let Err(error) = self.rebuild(inside, part.clone()) {
+                // It costs VMAs and nothing else.
+                log::warn!("cannot heal pages {part:?} of region {}: {error}", id.0);
+            }
         }
     }
 
-    fn rebuild(&mut self, inside: &Entered<'_, B>, block: PageRange) -> io::Result<()> {
+    fn rebuild(&mut self, inside: &Entered<'_, B>, part: PageRange) -> io::Result<()> {
         if inside.is_exiting() {
             return Ok(());
         }
         let id = inside.region.id();
-        let mut protected = Protected::new(inside.backing(), block.clone(), true)?;
+        let mut protected = Protected::new(inside.backing(), part.clone(), true)?;
         let items = self.items(id);
         // What a private page or a page of the pool shows must be there; all else is zeros.
-        let under: Vec<bool> = block.clone().map(|page| items.in_pool_vma(page)).collect();
+        let under: Vec<bool> = part.clone().map(|page| items.in_pool_vma(page)).collect();
         protected.rebuild(&under)?;
-        for page in block.clone() {
+        for page in part.clone() {
             if let PageState::Stable(pool_page) = self.items(id).state(page) {
                 self.stable.drop_sharer(pool_page);
                 self.items(id).set_state(page, PageState::Untracked);
@@ -73,7 +84,7 @@ impl<B: Backing> Scanner<B> {
             }
         }
         // Last: a stable page's item names its pool page by the mapping under it.
-        self.remap(id, &block, None);
+        self.remap(id, &part, None);
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use crate::scanner::Scanner;
 use crate::visit::{Pair, Plan};
 
 /// Longest run that is protected at once: a huge page. A writer may wait for the whole of it, which
-/// takes about 300 us to compare and map.
+/// takes about 300 us to compare and map. What takes longer is done before.
 pub(crate) const RUN_PAGES_MAX: usize = HUGE_PAGE_PAGES as usize;
 
 impl<B: Backing> Scanner<B> {

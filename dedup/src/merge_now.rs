@@ -13,11 +13,8 @@ use thiserror::Error;
 use crate::backing::Backing;
 use crate::control::Run;
 use crate::region::Region;
-use crate::shared::Shared;
+use crate::shared::{Shared, window_from};
 use crate::sync;
-
-/// Pages of one turn at the worker mutex, and the longest that an exit may have to wait.
-const TURN_PAGES: u32 = 512;
 
 /// The first look finds what was written to since the last pass; what is left alone between the
 /// first and the second is calm.
@@ -101,7 +98,7 @@ impl<B: Backing> Shared<B> {
         }
         let pages = region.backing().pages();
         let start = scanner.next_to_visit(region.id(), *next).unwrap_or(pages);
-        let window = start..pages.min(start.saturating_add(TURN_PAGES));
+        let window = window_from(start, pages);
         *next = window.end;
         let visited = scanner.scan_window(&inside, window);
         scanner.hurried = was_hurried;

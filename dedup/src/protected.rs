@@ -31,11 +31,6 @@ impl<'a, B: Backing> Protected<'a, B> {
         Ok(protected)
     }
 
-    /// The pages whose writers wait.
-    pub(crate) fn range(&self) -> &PageRange {
-        &self.range
-    }
-
     /// Maps pool pages over a part of the range.
     pub(crate) fn share(
         &mut self,

@@ -79,6 +79,10 @@ impl<B: Backing> Scanner<B> {
         let mut protected = Protected::new(inside.backing(), range, remapped)?;
         let mut equal: Vec<(Candidate, bool)> = Vec::with_capacity(group.len());
         for &(page, pool_page) in group {
+            // A page that founded a stable page may have been its own region's partner.
+            if self.items(id).is_merged(page) {
+                continue;
+            }
             // Its last sharer may have left it since the window's visit.
             let is_stable = self.stable.sharers_of(pool_page) > 0;
             if is_stable && inside.backing().equals_pool(page, &self.pool, pool_page) {

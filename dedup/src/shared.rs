@@ -9,7 +9,7 @@ use crate::backing::Backing;
 use crate::budget::Budget;
 use crate::control::{Control, Run};
 use crate::dirty::DirtySource;
-use crate::page::{HUGE_PAGE_PAGES, range_pages};
+use crate::page::{HUGE_PAGE_PAGES, PageRange, range_pages};
 use crate::region::{Region, RegionId};
 use crate::ring::{Ring, Unlinked};
 use crate::scanner::Scanner;
@@ -19,6 +19,11 @@ use crate::sync;
 /// Pages between two looks at the exiting flag and at `run`. Windows lie as huge pages do, so that
 /// each is judged as a whole.
 const WINDOW_PAGES: u32 = HUGE_PAGE_PAGES;
+
+/// The window that begins at `start`, in a region of `pages` pages.
+pub(crate) fn window_from(start: u32, pages: u32) -> PageRange {
+    start..pages.min((start / WINDOW_PAGES + 1).saturating_mul(WINDOW_PAGES))
+}
 
 /// How a region left its engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,7 +172,7 @@ impl<B: Backing> Shared<B> {
             scanner.begin_region(&inside);
         }
         let start = scanner.next_to_visit(id, page).unwrap_or(pages);
-        let window = start..pages.min((start / WINDOW_PAGES + 1) * WINDOW_PAGES);
+        let window = window_from(start, pages);
         let end = window.end;
         let full_pages = range_pages(&window);
         let visited = scanner

@@ -129,8 +129,7 @@ impl StablePages {
         self.drop_if_unused(page);
     }
 
-    /// Lets a stable page die that no region shares (its first sharers failed to be mapped).
-    pub(crate) fn drop_if_unused(&mut self, page: PoolPage) {
+    fn drop_if_unused(&mut self, page: PoolPage) {
         if self.sharers_of(page) > 0 {
             return;
         }

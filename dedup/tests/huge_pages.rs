@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dedup::{
-    DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, PageSet, RegionHandle, Settings,
-    Stats,
+    DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, Pace, PageSet, RegionHandle, Run,
+    Settings, Stats,
 };
 
 const HUGE_PAGE_PAGES: usize = 512;
@@ -172,4 +172,69 @@ fn pages_that_were_too_few_count_when_more_become_equal() {
     }
     assert!(engine.wait_full_scans(6, deadline()), "six passes in time");
     assert_eq!(engine.stats().pages_sharing, 400, "{:?}", engine.stats());
+}
+
+/// A region of two huge pages, of contents that no other has.
+fn two_huge_pages(region: u64) -> Mapping {
+    let mapping = Mapping::with_huge_pages(2 * HUGE_PAGE_PAGES * PAGE_SIZE_BYTES)
+        .expect("address space is there");
+    for page in 0..2 * HUGE_PAGE_PAGES {
+        write_page(&mapping, page, 1_000_000 * region + page as u64);
+    }
+    mapping
+}
+
+#[test]
+fn each_huge_page_is_judged_by_itself_when_merged_now() {
+    let asleep = Pace {
+        sleep_millisecs: 1_000_000,
+        ..Pace::default()
+    };
+    let settings = Settings {
+        pace: asleep,
+        ..Settings::default()
+    };
+    let engine = Engine::new(&settings).expect("this host has userfaultfd");
+    let regions = [1, 2].map(|region| {
+        let written = Written::default();
+        let handle = engine.register_watched(two_huge_pages(region), Box::new(written.clone()));
+        (handle.expect("the kernel takes the range"), written)
+    });
+    assert!(engine.wait_full_scans(4, deadline()), "four passes in time");
+    // Half of the first huge page, and less of the second.
+    for (region, written) in &regions {
+        (256..712).for_each(|page| write_page(region.mapping(), page, 7000 + page as u64));
+        let mut written = written.0.lock().expect("nobody panics with it");
+        written.extend(256..712);
+    }
+    for (region, _) in &regions {
+        region.merge_now().expect("the engine merges");
+    }
+    let stats = engine.stats();
+    assert_eq!(stats.pages_sharing, 256, "{stats:?}");
+}
+
+#[test]
+fn each_huge_page_of_partners_is_judged_by_itself() {
+    let settings = Settings {
+        run: Run::Stop,
+        ..Settings::default()
+    };
+    let engine = Engine::new(&settings).expect("this host has userfaultfd");
+    // The same 300 pages, which lie in two huge pages of the region that is visited first.
+    let regions = [(1, 256), (2, 0)].map(|(region, from)| {
+        let mapping = two_huge_pages(region);
+        (0..300).for_each(|page| write_page(&mapping, from + page, 7000 + page as u64));
+        engine
+            .register(mapping)
+            .expect("the kernel takes the range")
+    });
+    engine.set_run(Run::Merge).expect("merging starts");
+    assert!(engine.wait_full_scans(4, deadline()), "four passes in time");
+    let stats = engine.stats();
+    assert_eq!(stats.pages_sharing, 256, "{stats:?}");
+    assert!(
+        huge_bytes(regions[0].mapping()) >= HUGE_PAGE_PAGES * PAGE_SIZE_BYTES,
+        "the second is whole"
+    );
 }

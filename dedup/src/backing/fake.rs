@@ -34,7 +34,7 @@ pub(crate) struct FakePool {
 pub(crate) enum Moment {
     /// While a run is copied into the pool, after its first page.
     Fill,
-    /// While pages of two regions are compared, after the first pair.
+    /// While pages are compared with stable pages, after the first pair.
     Compare,
 }
 
@@ -85,6 +85,10 @@ impl FakePool {
 }
 
 impl Pool for FakePool {
+    fn read(&self, page: PoolPage, into: &mut PageBuf) {
+        *into = [self.content(page).expect("it was filled"); PAGE_WORDS];
+    }
+
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
         let mut all = sync::lock(&self.pages);
         for index in first.0..first.0 + pages {
@@ -265,14 +269,10 @@ impl Backing for FakeMemory {
         self.content(page) == 0
     }
 
-    fn equals(&self, page: u32, other: &FakeMemory, other_page: u32) -> bool {
-        let are_equal = self.content(page) == other.content(other_page);
+    fn equals_pool(&self, page: u32, pool: &FakePool, pool_page: PoolPage) -> bool {
+        let are_equal = Some(self.content(page)) == pool.content(pool_page);
         self.pool.reach(Moment::Compare);
         are_equal
-    }
-
-    fn equals_pool(&self, page: u32, pool: &FakePool, pool_page: PoolPage) -> bool {
-        Some(self.content(page)) == pool.content(pool_page)
     }
 
     fn may_equal_pool(&self, page: u32, pool: &FakePool, pool_page: PoolPage) -> bool {
@@ -285,8 +285,8 @@ impl Backing for FakeMemory {
         for page in range.clone() {
             self.call()?;
             assert!(
-                sync::lock(&self.protected)[page as usize],
-                "a stable page is filled from a page that may change"
+                !sync::lock(&self.protected)[page as usize],
+                "a writer waits while a stable page is filled"
             );
             pool.fill(first.plus(page - range.start), self.content(page));
             pool.reach(Moment::Fill);
@@ -344,6 +344,10 @@ impl Backing for FakeMemory {
 
     fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
         self.call()?;
+        assert!(
+            range.len() <= crate::heal::PART_PAGES as usize,
+            "a writer waits while {range:?} is copied"
+        );
         for (page, &is_under) in range.zip(under) {
             assert!(
                 sync::lock(&self.protected)[page as usize],

@@ -156,12 +156,6 @@ impl Backing for LinuxMemory {
         unsafe { page_is_zero(self.page_address(page)) }
     }
 
-    fn equals(&self, page: u32, other: &LinuxMemory, other_page: u32) -> bool {
-        let (mine, theirs) = (self.page_address(page), other.page_address(other_page));
-        // SAFETY: both are whole, aligned pages of reserved ranges.
-        unsafe { pages_are_equal(mine, theirs) }
-    }
-
     fn equals_pool(&self, page: u32, pool: &LinuxPool, pool_page: PoolPage) -> bool {
         let (mine, stable) = (self.page_address(page), pool.page_address(pool_page));
         // SAFETY: both are whole, aligned pages, of a reserved range and of the pool's view.

@@ -10,7 +10,8 @@ use super::check;
 use crate::backing::Pool;
 use crate::fault::may_fail;
 use crate::item::POOL_PAGES_MAX;
-use crate::page::{PoolPage, pages_to_bytes};
+use crate::page::{PageBuf, PoolPage, pages_to_bytes};
+use crate::racing::copy_page_out;
 
 /// What `/proc` calls the pool's mappings.
 const NAME: &CStr = c"samepage-pool";
@@ -121,6 +122,11 @@ impl LinuxPool {
 }
 
 impl Pool for LinuxPool {
+    fn read(&self, page: PoolPage, into: &mut PageBuf) {
+        // SAFETY: a whole, aligned page of the view, which lives as long as this value.
+        unsafe { copy_page_out(self.page_address(page), into) }
+    }
+
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
         may_fail!("fallocate");
         let offset = |page: u32| libc::off_t::try_from(pages_to_bytes(page)).unwrap_or(0);

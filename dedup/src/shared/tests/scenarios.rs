@@ -295,3 +295,24 @@ fn a_region_that_exits_after_a_merge_now_leaves_nothing() {
     assert_eq!(world.shared.stats().slots, 1);
     assert_eq!(world.pool.used_pages(), 0);
 }
+
+#[test]
+fn a_broken_block_is_healed_in_parts_that_a_writer_can_wait_for() {
+    const PAGES: u32 = 512;
+    let world = World::new();
+    let regions = [1, 389].map(|step| {
+        let memory = FakeMemory::new(PAGES, &world.pool);
+        (0..PAGES).for_each(|page| memory.write(page, 1 + u64::from(page * step % PAGES)));
+        (world.shared.register(memory.clone(), None), memory)
+    });
+    (0..4).for_each(|_| while world.shared.batch(1000).passes == 0 {});
+    assert_eq!(world.shared.stats().pages_sharing, u64::from(PAGES));
+    let (region, memory) = &regions[1];
+    (0..PAGES).for_each(|page| memory.write(page, 1_000_000 + u64::from(page)));
+    (0..4).for_each(|_| while world.shared.batch(1000).passes == 0 {});
+    let vmas = sync::lock(&region.stats).vmas;
+    assert!(vmas <= u64::from(PAGES / crate::heal::PART_PAGES), "{vmas}");
+    (0..PAGES).for_each(|page| {
+        assert_eq!(memory.content(page), 1_000_000 + u64::from(page));
+    });
+}
