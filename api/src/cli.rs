@@ -181,7 +181,7 @@ Exit status:
   3        the guest's kernel panicked
   4        the guest triple-faulted
   5        the guest ran an instruction that KVM cannot execute
-  6        another error ended the VM
+  6        another error ended the VM, or the guard did for want of memory
   130, 143 SIGINT or SIGTERM ended it
 
 Examples:

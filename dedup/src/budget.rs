@@ -3,14 +3,15 @@
 //!
 //! What is taken already is not added up here: guests take memory without asking (each write to a
 //! shared page does), so a [`MemoryGauge`] is asked for the real figure whenever it matters, and
-//! only what was promised and not yet taken is kept. A reservation lives until its memory shows in
-//! the gauge, that is until after the allocation; meanwhile it may be counted twice, which errs on
-//! the safe side.
+//! only what was promised and does not show in that figure yet is kept: a reservation is held until
+//! after the allocation, and remembered until the figure is younger than that. What is counted twice
+//! meanwhile errs on the safe side.
 //!
 //! # Locks
 //! `Budget::state` is a leaf but for the gauge, which may take locks of its own and none of the
 //! engine's.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
@@ -34,9 +35,18 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Tells how much memory may still be taken.
 pub trait MemoryGauge: fmt::Debug + Send + Sync {
-    /// Bytes that may still be taken within `budget_bytes` (`None`: no budget) and within any
-    /// limit that the gauge knows of itself. `None` where nothing limits.
-    fn headroom_bytes(&self, budget_bytes: Option<u64>) -> Option<u64>;
+    /// What may still be taken within `budget_bytes` (`None`: no budget) and within any limit that
+    /// the gauge knows of itself. `None` where nothing limits.
+    fn headroom(&self, budget_bytes: Option<u64>) -> Option<Headroom>;
+}
+
+/// Memory that may still be taken, as it was at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Headroom {
+    /// So much.
+    pub bytes: u64,
+    /// What was taken from this moment on is not counted.
+    pub as_of: Instant,
 }
 
 /// Why a reservation was not made.
@@ -74,8 +84,10 @@ pub(crate) struct Budget {
 struct State {
     gauge: Option<Arc<dyn MemoryGauge>>,
     budget_bytes: Option<u64>,
-    /// Promised, and not yet seen by the gauge.
+    /// Promised.
     reserved_bytes: u64,
+    /// Promised and taken, at this moment; kept until the gauge's figure is younger.
+    taken: VecDeque<(Instant, u64)>,
     /// What those who wait would need.
     waiting_bytes: u64,
     /// Orders that sent away who waited.
@@ -85,13 +97,22 @@ struct State {
 
 impl State {
     /// Bytes that can be promised now; `None` where nothing limits.
-    fn room_bytes(&self) -> Option<u64> {
-        let headroom = self.gauge.as_ref()?.headroom_bytes(self.budget_bytes)?;
-        Some(headroom.saturating_sub(self.reserved_bytes))
+    fn room_bytes(&mut self) -> Option<u64> {
+        let headroom = self.gauge.as_ref()?.headroom(self.budget_bytes)?;
+        while self
+            .taken
+            .front()
+            .is_some_and(|&(at, _)| at < headroom.as_of)
+        {
+            self.taken.pop_front();
+        }
+        let unseen_bytes: u64 = self.taken.iter().map(|&(_, bytes)| bytes).sum();
+        let promised_bytes = self.reserved_bytes + unseen_bytes;
+        Some(headroom.bytes.saturating_sub(promised_bytes))
     }
 }
 
-/// Memory that was promised; taken back when dropped, which is when the gauge shows it.
+/// Memory that was promised. Dropped once it was taken: then it is the gauge's to show it.
 #[derive(Debug)]
 pub(crate) struct Reservation {
     budget: Arc<Budget>,
@@ -100,7 +121,12 @@ pub(crate) struct Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        sync::lock(&self.budget.state).reserved_bytes -= self.bytes;
+        let mut state = sync::lock(&self.budget.state);
+        state.reserved_bytes -= self.bytes;
+        if state.gauge.is_some() && state.budget_bytes.is_some() {
+            state.taken.push_back((Instant::now(), self.bytes));
+        }
+        drop(state);
         self.budget.changed.notify_all();
     }
 }
@@ -112,6 +138,7 @@ impl Budget {
             gauge: None,
             budget_bytes: None,
             reserved_bytes: 0,
+            taken: VecDeque::new(),
             waiting_bytes: 0,
             cancels: 0,
             patience: UNMERGE_PATIENCE,
@@ -130,7 +157,11 @@ impl Budget {
 
     /// Changes the budget; `None` for none.
     pub(crate) fn set_bytes(&self, budget_bytes: Option<u64>) {
-        sync::lock(&self.state).budget_bytes = budget_bytes;
+        let mut state = sync::lock(&self.state);
+        state.budget_bytes = budget_bytes;
+        // Nobody kept account while there was none.
+        state.taken.clear();
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -238,8 +269,10 @@ pub(crate) mod tests {
     pub(crate) struct Told(pub(crate) AtomicU64);
 
     impl MemoryGauge for Told {
-        fn headroom_bytes(&self, budget_bytes: Option<u64>) -> Option<u64> {
-            Some(budget_bytes?.saturating_sub(self.0.load(Ordering::Relaxed)))
+        fn headroom(&self, budget_bytes: Option<u64>) -> Option<Headroom> {
+            let as_of = Instant::now();
+            let bytes = budget_bytes?.saturating_sub(self.0.load(Ordering::Relaxed));
+            Some(Headroom { bytes, as_of })
         }
     }
 
@@ -357,6 +390,30 @@ pub(crate) mod tests {
         assert_eq!(waiter.join().unwrap(), Err(Shortage::Cancelled));
         told.0.store(0, Ordering::Relaxed);
         drop(budget.reserve(4096, || false).unwrap());
+    }
+
+    /// A gauge whose figure is as old as itself.
+    #[derive(Debug)]
+    struct Stale(Instant);
+
+    impl MemoryGauge for Stale {
+        fn headroom(&self, budget_bytes: Option<u64>) -> Option<Headroom> {
+            let as_of = self.0;
+            budget_bytes.map(|bytes| Headroom { bytes, as_of })
+        }
+    }
+
+    #[test]
+    fn what_was_taken_counts_until_the_gauges_figure_is_younger() {
+        let budget = Budget::new();
+        budget.set_gauge(Arc::new(Stale(Instant::now())));
+        budget.set_bytes(Some(10_000));
+        for _ in 0..2 {
+            drop(budget.reserve(4096, || false).unwrap());
+        }
+        assert!(!budget.has_room(4096), "8192 are taken, the gauge or not");
+        budget.set_gauge(Arc::new(Stale(Instant::now() + LONG)));
+        assert!(budget.has_room(10_000));
     }
 
     #[test]

@@ -278,6 +278,19 @@ mod tests {
     }
 
     #[test]
+    fn in_a_hurry_there_are_no_pauses_while_passes_change_something() {
+        let mut control = Control::new(Run::Merge, Pace::default());
+        control.hurry = true;
+        note(&mut control, 1, 3);
+        assert_eq!(control.pause(), Duration::ZERO);
+        note(&mut control, 1, 0);
+        assert!(
+            control.pause() > Duration::ZERO,
+            "nothing left to hurry for"
+        );
+    }
+
+    #[test]
     fn nobody_who_waits_for_a_pass_waits_for_a_pause() {
         let mut control = Control::new(Run::Merge, Pace::default());
         control.waiters = 1;

@@ -115,7 +115,7 @@ mod watched;
 mod worker;
 
 pub use advisor::AdvisorMode;
-pub use budget::MemoryGauge;
+pub use budget::{Headroom, MemoryGauge};
 pub use control::{Pace, PaceError, Run};
 pub use dirty::{DirtySource, PageSet};
 pub use engine::{Engine, EngineError, RegionHandle, RegionMerger, Settings};

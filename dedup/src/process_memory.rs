@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Instant;
 
 use crate::backing::linux::LinuxPool;
-use crate::budget::MemoryGauge;
+use crate::budget::{Headroom, MemoryGauge};
 use crate::page::PAGE_SIZE_BYTES;
 
 /// Bytes of the unit of `st_blocks` (`stat(2)`).
@@ -28,6 +29,7 @@ impl ProcessMemory {
     ///
     /// Resident less what is backed by files (`fs/proc/task_mmu.c`, `task_statm`). The resident
     /// pages of the pool are among the latter, once for each mapping; that figure says nothing.
+    /// Older kernels add up per-CPU counters roughly here, and are some MiB late on large hosts.
     ///
     /// # Errors
     /// If `/proc` cannot be read.
@@ -59,13 +61,16 @@ fn private_pages(statm: &[u8]) -> Option<u64> {
 
 /// For an engine that nobody gave another gauge: the process is the domain.
 impl MemoryGauge for ProcessMemory {
-    fn headroom_bytes(&self, budget_bytes: Option<u64>) -> Option<u64> {
-        let budget_bytes = budget_bytes?;
+    fn headroom(&self, budget_bytes: Option<u64>) -> Option<Headroom> {
+        let (budget_bytes, as_of) = (budget_bytes?, Instant::now());
         let used = self
             .private_bytes()
             .and_then(|private| Ok(private + self.pool_bytes()?));
         match used {
-            Ok(used_bytes) => Some(budget_bytes.saturating_sub(used_bytes)),
+            Ok(used_bytes) => Some(Headroom {
+                bytes: budget_bytes.saturating_sub(used_bytes),
+                as_of,
+            }),
             Err(error) => {
                 log::warn!("cannot tell how much memory is in use: {error}");
                 None
@@ -104,7 +109,7 @@ mod tests {
         let filled = LinuxMemory::new(mapping, userfaultfd).unwrap();
         filled.fill(0..1, &pool, PoolPage(7)).unwrap();
         assert_eq!(memory.pool_bytes().unwrap(), 4096);
-        assert_eq!(memory.headroom_bytes(None), None);
-        assert_eq!(memory.headroom_bytes(Some(1)), Some(0));
+        assert_eq!(memory.headroom(None), None);
+        assert_eq!(memory.headroom(Some(1)).unwrap().bytes, 0);
     }
 }

@@ -25,6 +25,9 @@ const STORMS: usize = 20;
 /// Longest that a storm may take, from the first write to the last end.
 const STORM_TIME: Duration = Duration::from_secs(180);
 
+/// Longest that a VM may take to end, whatever the worker waits for.
+const STOP_TIME: Duration = Duration::from_secs(10);
+
 /// Mostly shared, so that little is left of it when it is merged.
 fn workload(number: u64) -> Workload {
     Workload {
@@ -244,6 +247,23 @@ fn alive(monitor: &Monitor) -> Vec<VmId> {
     alive.map(|vm| vm.id).collect()
 }
 
+/// Those of the running VMs that go on. One that was just chosen to end is seen as running until
+/// its memory was given back and a little longer, but it verifies nothing any more.
+fn survivors(monitor: &Monitor, ids: &[VmId]) -> Vec<VmId> {
+    let passes = |id: &VmId| {
+        let info = monitor.info(id).expect("it is there");
+        let report = info.report.expect("a report");
+        assert_eq!(report.verify_errors, 0, "{id}: {report:?}");
+        info.state.is_alive().then_some(report.verify_passes)
+    };
+    let before: Vec<Option<u64>> = ids.iter().map(passes).collect();
+    wait_until("each VM has ended or goes on", PATIENCE, || {
+        let mut pairs = ids.iter().zip(&before);
+        pairs.all(|(id, before)| passes(id).is_none_or(|now| Some(now) > *before))
+    });
+    alive(monitor)
+}
+
 #[test]
 fn a_budget_is_kept_by_a_domain_beside_others_in_its_process() {
     if !kvm::is_present() {
@@ -275,7 +295,7 @@ fn a_budget_is_kept_by_a_domain_beside_others_in_its_process() {
             alive.len() < ids.len() && alive.iter().all(|id| written(id) >= Some(shared_pages()))
         },
     );
-    let alive = alive(&monitor);
+    let alive = survivors(&monitor, &ids);
     assert!(!alive.is_empty());
     wait_verified(&monitor, &alive, 1);
     for id in ids.iter().filter(|id| !alive.contains(id)) {
@@ -340,9 +360,44 @@ fn an_unmerge_that_may_have_victims_ends_vms_until_it_fits() {
     assert!(begun.elapsed() < PATIENCE);
     let stats = monitor.engine().stats();
     assert_eq!((stats.pages_shared, stats.pages_zero), (0, 0), "{stats:?}");
-    let alive = alive(&monitor);
+    let alive = survivors(&monitor, &ids);
     assert!((1..ids.len()).contains(&alive.len()), "{alive:?}");
     wait_verified(&monitor, &alive, 1);
+}
+
+/// The seed of the engine's shutdown order: whoever waits for memory holds a lock that the exit
+/// needs, and the exit is what feeds it.
+#[test]
+fn a_vm_ends_at_once_while_an_unmerge_starves_inside_of_it() {
+    if !kvm::is_present() {
+        return;
+    }
+    let monitor = eager_monitor("starving");
+    let ids = merged(&monitor, 4);
+    let engine = monitor.engine();
+    monitor.set_memory_budget(Some(monitor.memory().use_bytes + 40 * MIB));
+    engine.set_unmerge_patience(Some(PATIENCE));
+    std::thread::scope(|scope| {
+        let unmerge = scope.spawn(|| engine.set_run(Run::Unmerge));
+        // The last one first: that is the one the unmerge comes to when memory runs out.
+        for id in ids[1..].iter().rev() {
+            wait_until("the unmerge starves, or is done", PATIENCE, || {
+                engine.memory_waited_for_bytes() > 0 || unmerge.is_finished()
+            });
+            let begun = Instant::now();
+            monitor.stop(id).expect("it stops");
+            assert!(begun.elapsed() < STOP_TIME, "{:?}", begun.elapsed());
+        }
+        let unmerged = unmerge.join().expect("no panic");
+        unmerged.expect("what is left fits");
+    });
+    // What was left in the middle is the worker's to finish.
+    wait_until("nothing is merged any more", PATIENCE, || {
+        let stats = engine.stats();
+        (stats.slots, stats.pages_shared, stats.pages_zero) == (1, 0, 0)
+    });
+    assert_eq!(monitor.memory().oom_victims, 0);
+    wait_verified(&monitor, &ids[..1], 1);
 }
 
 #[test]
@@ -372,6 +427,12 @@ fn a_start_beyond_the_overcommit_ratio_is_refused_with_what_is_missing() {
     assert!(
         fault.contains(&format!("{} bytes more", 21 * MIB)),
         "{fault}"
+    );
+    let stats = server.cli(&["stats"]).stdout;
+    let stats = String::from_utf8(stats).expect("text");
+    assert!(
+        stats.contains("LIMIT") && stats.contains("300.0 MiB"),
+        "{stats}"
     );
     server.done(
         "PUT",

@@ -1,22 +1,24 @@
 //! The monitor: the VMs of one merge domain.
 
+mod memory;
+
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crate::admission::{Claims, Promise};
+use crate::admission::Claims;
 use crate::config::VmConfig;
 use crate::console::Console;
 use crate::error::MonitorError;
 use crate::events::EventLoop;
 use crate::guard::{Guard, Watch};
 use crate::id::{MergeDomain, VmId};
-use crate::info::{MemoryInfo, VmInfo};
+use crate::info::VmInfo;
 use crate::machine::Host;
 use crate::reaper::Reaper;
 use crate::roster::Roster;
 use crate::start::{self, StartError};
-use crate::state::{EndReason, Step, VmState};
+use crate::state::{EndReason, Step};
 use crate::vm::{Corpse, Vm};
 
 /// One merge domain: its VMs, its merge engine, its event loop, its reaper, its guard.
@@ -153,99 +155,6 @@ impl Monitor {
         started
     }
 
-    /// Claims a VM's memory for its start, against the domain's overcommit ratio.
-    fn claim(&self, vm: &Arc<Vm>) -> Result<Claim<'_>, MonitorError> {
-        let mut claim = Claim {
-            claims: &self.claims,
-            id: None,
-        };
-        // A second start is refused as such.
-        if vm.state() != VmState::NotStarted {
-            return Ok(claim);
-        }
-        let promise = self.promise();
-        let vms = self.vms.all();
-        let started = vms
-            .iter()
-            .filter_map(|vm| Some((vm.id().clone(), vm.nominal_bytes()?)));
-        let wanted_bytes = vm.config().mem_size_bytes();
-        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
-        let claimed = claims.claim(vm.id(), wanted_bytes, started, promise);
-        drop(claims);
-        let id = vm.id().clone();
-        match claimed {
-            Ok(is_ours) => claim.id = is_ours.then_some(id),
-            Err(error) => return Err(MonitorError::NoRoom { id, error }),
-        }
-        Ok(claim)
-    }
-
-    fn promise(&self) -> Option<Promise> {
-        let budget_bytes = self.host.engine.memory_budget_bytes();
-        Some(Promise {
-            overcommit_ratio: self.overcommit_ratio()?,
-            budget_bytes: self.watch.gauge.limit_bytes(budget_bytes)?,
-        })
-    }
-
-    /// Changes the memory that the domain may take; `None` for no budget of its own. VMs are ended
-    /// if they hold more.
-    pub fn set_memory_budget(&self, budget_bytes: Option<u64>) {
-        self.host.engine.set_memory_budget(budget_bytes);
-        self.watch.ring();
-    }
-
-    /// Changes how many times the domain's limit may be promised to VMs; `None` for as often as one
-    /// likes. Counts for starts from now on.
-    pub fn set_overcommit_ratio(&self, ratio: Option<f64>) {
-        *self.ratio() = ratio;
-    }
-
-    /// How many times the domain's limit may be promised to VMs.
-    pub fn overcommit_ratio(&self) -> Option<f64> {
-        *self.ratio()
-    }
-
-    fn ratio(&self) -> MutexGuard<'_, Option<f64>> {
-        let ratio = self.overcommit_ratio.lock();
-        ratio.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Changes whether VMs are ended so that an unmerge fits (at first they are not).
-    pub fn set_unmerge_victims(&self, allowed: bool) {
-        self.watch.set_unmerge_victims(allowed);
-    }
-
-    /// The domain's memory: limits, use, and what it could come to.
-    pub fn memory(&self) -> MemoryInfo {
-        let (watch, engine) = (&self.watch, &self.host.engine);
-        let budget_bytes = engine.memory_budget_bytes();
-        if watch.gauge.wants_count() {
-            watch.count();
-        }
-        let nearest = watch.gauge.nearest(budget_bytes);
-        let use_bytes = match nearest {
-            Some((_, filled)) => filled.use_bytes,
-            None => watch.gauge.use_bytes(),
-        };
-        let stats = engine.stats();
-        let shared_pages = stats.pages_shared + stats.pages_sharing + stats.pages_zero;
-        let vms = self.vms.all();
-        MemoryInfo {
-            budget_bytes,
-            limit_bytes: nearest.map(|(_, filled)| filled.limit_bytes),
-            limited_by: nearest.map(|(limit, _)| limit),
-            use_bytes,
-            headroom_bytes: nearest.map(|(_, filled)| filled.headroom_bytes()),
-            worst_case_bytes: use_bytes + shared_pages * dedup::PAGE_SIZE_BYTES as u64,
-            pressure_percent: watch.gauge.pressure_percent(),
-            nominal_bytes: vms.iter().filter_map(|vm| vm.nominal_bytes()).sum(),
-            overcommit_ratio: self.overcommit_ratio(),
-            unmerge_victims: watch.unmerge_victims(),
-            oom_victims: watch.victims(),
-        }
-    }
-
     /// Stands a VM's vCPUs still; returns when they do.
     ///
     /// # Errors
@@ -347,21 +256,6 @@ impl Monitor {
     /// Waits for a VM's end; `None` when it has not ended by `deadline` or there is no such VM.
     pub fn wait_ended(&self, id: &VmId, deadline: Instant) -> Option<EndReason> {
         self.find(id).ok()?.wait_ended(deadline)
-    }
-}
-
-/// A start under way; settled when dropped, however it went.
-struct Claim<'a> {
-    claims: &'a Mutex<Claims>,
-    id: Option<VmId>,
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        if let Some(id) = &self.id {
-            let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
-            claims.settle(id);
-        }
     }
 }
 

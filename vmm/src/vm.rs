@@ -4,6 +4,8 @@
 //! the VM's end (a vCPU thread, a device, the API) takes the machine out of the record, so that it
 //! is taken exactly once, and sends it to the reaper; `Ended` is published when the reaper is done.
 
+mod guarded;
+
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
@@ -14,7 +16,6 @@ use crate::config::VmConfig;
 use crate::console::Console;
 use crate::device::report::ReportPort;
 use crate::error::MonitorError;
-use crate::guard::policy::Candidate;
 use crate::id::VmId;
 use crate::info::VmInfo;
 use crate::machine::{Host, Machine, Outside};
@@ -109,42 +110,6 @@ impl Vm {
             .as_ref()
             .map(Machine::merge_stats)
             .unwrap_or_default()
-    }
-
-    /// Memory that it shares with nobody; `None` if it has none.
-    pub(crate) fn private_bytes(&self) -> Option<u64> {
-        let private = self.lock().machine.as_ref()?.private_bytes();
-        private
-            .inspect_err(|error| log::warn!("vm {}: how much memory it has: {error}", self.id))
-            .ok()
-    }
-
-    /// Stands its guest still, or lets it go on, beside what a user says about it.
-    pub(crate) fn set_held(&self, held: bool) {
-        if let Some(machine) = &self.lock().machine {
-            machine.set_held(held);
-        }
-    }
-
-    /// Whether its end was found, and it has not ended yet.
-    pub(crate) fn is_ending(&self) -> bool {
-        let cell = self.lock();
-        cell.state.is_alive() && cell.machine.is_none()
-    }
-
-    /// What the guard judges it by; `None` if there is nothing to end.
-    pub(crate) fn candidate(&self) -> Option<Candidate> {
-        Some(Candidate {
-            id: self.id.clone(),
-            oom_priority: self.config.samepage.oom_priority,
-            private_bytes: self.private_bytes()?,
-        })
-    }
-
-    /// What it may come to hold, if it holds memory.
-    pub(crate) fn nominal_bytes(&self) -> Option<u64> {
-        let is_alive = self.state().is_alive();
-        is_alive.then(|| self.config.mem_size_bytes())
     }
 
     /// Merges its memory now, on the caller's thread.

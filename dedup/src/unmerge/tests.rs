@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::backing::fake::{FakeMemory, FakePage, FakePool};
-use crate::budget::{MemoryGauge, bytes_of};
+use crate::budget::{Headroom, MemoryGauge, bytes_of};
 use crate::control::{Control, Pace, Run};
 use crate::region::Region;
 use crate::scanner::Scanner;
@@ -35,8 +35,10 @@ impl Recount {
 }
 
 impl MemoryGauge for Recount {
-    fn headroom_bytes(&self, budget_bytes: Option<u64>) -> Option<u64> {
-        Some(budget_bytes?.saturating_sub(self.used_bytes()))
+    fn headroom(&self, budget_bytes: Option<u64>) -> Option<Headroom> {
+        let as_of = Instant::now();
+        let bytes = budget_bytes?.saturating_sub(self.used_bytes());
+        Some(Headroom { bytes, as_of })
     }
 }
 

@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::policy::Filled;
 
@@ -70,7 +71,11 @@ const NO_LIMIT_BYTES: u64 = 1 << 60;
 struct Level {
     version: Version,
     directory: PathBuf,
+    // Kept open: opening costs more than reading, and the guard may look a thousand times a second.
+    limits: Vec<File>,
     usage: File,
+    /// Times that the group was out of memory, when somebody looked last.
+    ooms: AtomicU64,
 }
 
 /// The groups of this process.
@@ -98,11 +103,17 @@ impl Cgroups {
             while directory.starts_with(&mount) {
                 // A group without the file has no memory controller, as version 2's root.
                 if let Ok(usage) = File::open(directory.join(version.usage())) {
-                    levels.push(Level {
+                    let open = |name| File::open(directory.join(name)).ok();
+                    let limits = version.limits().iter().filter_map(open).collect();
+                    let level = Level {
                         version,
+                        limits,
                         directory: directory.clone(),
                         usage,
-                    });
+                        ooms: AtomicU64::new(0),
+                    };
+                    level.is_out();
+                    levels.push(level);
                 }
                 if !directory.pop() {
                     break;
@@ -119,7 +130,7 @@ impl Cgroups {
         filled.min_by_key(|filled| filled.headroom_bytes())
     }
 
-    /// Whether the kernel waits for an end in one of the groups.
+    /// Whether one of the groups is out of memory, or was since the last look.
     pub(crate) fn is_out(&self) -> bool {
         self.levels.iter().any(Level::is_out)
     }
@@ -135,12 +146,11 @@ impl Cgroups {
 
 impl Level {
     fn limit_bytes(&self) -> Option<u64> {
-        let limit = |name: &&str| {
-            let text = fs::read_to_string(self.directory.join(name)).ok()?;
-            let bytes: u64 = text.trim().parse().ok()?;
+        let limit = |file: &File| {
+            let bytes: u64 = read(file).ok()?.trim().parse().ok()?;
             (bytes < NO_LIMIT_BYTES).then_some(bytes)
         };
-        self.version.limits().iter().filter_map(limit).min()
+        self.limits.iter().filter_map(limit).min()
     }
 
     fn filled(&self) -> Option<Filled> {
@@ -164,12 +174,19 @@ impl Level {
         self.version.cache().into_iter().map(value).sum()
     }
 
-    /// Version 2 counts ends (`oom` of `memory.events`), which comes too late; what it shows in
-    /// time is its use at the limit. Version 1 tells while it lasts.
+    /// Version 1 tells while it lasts. Version 2 counts the times, also those that nobody was
+    /// killed for, so a new one since the last look tells.
     fn is_out(&self) -> bool {
-        let control = self.directory.join("memory.oom_control");
-        let text = fs::read_to_string(control).unwrap_or_default();
-        number_of(&text, "under_oom").is_some_and(|under| under > 0)
+        let (file, name) = match self.version {
+            Version::V1 => ("memory.oom_control", "under_oom"),
+            Version::V2 => ("memory.events", "oom"),
+        };
+        let text = fs::read_to_string(self.directory.join(file)).unwrap_or_default();
+        let number = number_of(&text, name).unwrap_or(0);
+        match self.version {
+            Version::V1 => number > 0,
+            Version::V2 => number > self.ooms.swap(number, Ordering::Relaxed),
+        }
     }
 }
 
@@ -301,6 +318,10 @@ mod tests {
         assert_eq!(cgroups.filled(), filled(1000, 8000));
         assert!((cgroups.pressure_percent() - 7.5).abs() < 1e-9);
         assert!(!cgroups.is_out());
+        let events = "low 0\nhigh 0\nmax 9\noom 1\noom_kill 0\n";
+        fake.set("a/b", &[("memory.events", events)]);
+        assert!(cgroups.is_out(), "since the last look");
+        assert!(!cgroups.is_out(), "not since then");
         fake.set(
             "a/b",
             &[("memory.current", "2000\n"), ("memory.high", "5000\n")],

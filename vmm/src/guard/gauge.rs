@@ -4,9 +4,9 @@
 //! budget is set, the figure for it is what the domain holds: all private memory of the process
 //! and the pool, if this is the only domain of the process. Pages of the pool count once, where
 //! the resident set counts each mapping of them. With several domains in one process the kernel has
-//! no cheap figure for one of them. Then the guard adds up the VMs' pages from time to time
-//! ([`Gauge::calibrate`]), and in between all growth of the process counts as this domain's: too
-//! much, and the guard adds up again before it acts on that.
+//! no cheap figure for one of them. Then the guard adds up the VMs' pages ([`Gauge::calibrate`]),
+//! the sooner again the less is left, and as soon as the process has taken what could have been this
+//! domain's. That is coarser: guests may overrun such a budget by what they take between two counts.
 //!
 //! What the kernel holds for a process (page tables, VMAs) is in a cgroup's figure alone.
 //!
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use dedup::{MemoryGauge, ProcessMemory};
+use dedup::{Headroom, MemoryGauge, ProcessMemory};
 
 use super::cgroup::{Cgroups, Places};
 use super::policy::{Filled, Policy};
@@ -25,10 +25,12 @@ use super::policy::{Filled, Policy};
 /// Monitors in this process.
 static MONITORS: AtomicUsize = AtomicUsize::new(0);
 
-/// Time between two counts of the VMs' pages, at least.
+/// Time between two counts of the VMs' pages.
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
-/// And as many times as long as the count takes: some percent of a core at most.
-const COUNT_COST: u32 = 30;
+/// The same where little is left.
+const COUNT_INTERVAL_SHORT: Duration = Duration::from_millis(5);
+/// And at least so many times as long as the count takes.
+const COUNT_COST: u32 = 4;
 
 /// The gauge of one domain.
 #[derive(Debug)]
@@ -59,6 +61,10 @@ pub enum Limit {
     Cgroup,
 }
 
+fn is_only_monitor() -> bool {
+    MONITORS.load(Ordering::Relaxed) == 1
+}
+
 impl Gauge {
     pub(crate) fn new(process: Arc<ProcessMemory>, cpus: usize) -> Gauge {
         MONITORS.fetch_add(1, Ordering::Relaxed);
@@ -78,26 +84,39 @@ impl Gauge {
         self.counted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether [`Gauge::calibrate`] is due.
-    pub(crate) fn wants_count(&self) -> bool {
-        if MONITORS.load(Ordering::Relaxed) == 1 {
+    /// Whether [`Gauge::calibrate`] is due: for a figure that is old, sooner if little is left, and
+    /// at once if what the process has taken since could have been all the domain's.
+    pub(crate) fn wants_count(&self, budget_bytes: Option<u64>) -> bool {
+        if is_only_monitor() {
             return false;
         }
-        let due = |counted: Counted| {
-            let interval = COUNT_INTERVAL.max(counted.cost * COUNT_COST);
-            counted.at.elapsed() >= interval
+        let Some(counted) = *self.counted() else {
+            return true;
         };
-        self.counted().is_none_or(due)
+        let age = counted.at.elapsed();
+        if age < counted.cost * COUNT_COST {
+            return false;
+        }
+        let grown_bytes = self.process_bytes().saturating_sub(counted.process_bytes);
+        let bound = budget_bytes.map(|limit_bytes| Filled {
+            use_bytes: self.use_bytes() + grown_bytes,
+            limit_bytes,
+        });
+        let is_short = bound.is_some_and(Filled::is_short);
+        age >= if is_short {
+            COUNT_INTERVAL_SHORT
+        } else {
+            COUNT_INTERVAL
+        }
     }
 
     /// Takes `count_vms`'s word for what the domain's VMs hold, if the process has other domains.
     pub(crate) fn calibrate(&self, count_vms: impl FnOnce() -> u64) {
-        if MONITORS.load(Ordering::Relaxed) == 1 {
+        if is_only_monitor() {
             *self.counted() = None;
             return;
         }
         let at = Instant::now();
-        // Before the count: what comes in between is counted twice, not missed.
         let process_bytes = self.process_bytes();
         let vms_bytes = count_vms();
         *self.counted() = Some(Counted {
@@ -114,14 +133,8 @@ impl Gauge {
 
     /// What the domain holds.
     pub(crate) fn use_bytes(&self) -> u64 {
-        let process_bytes = self.process_bytes();
         let counted = *self.counted();
-        let private_bytes = match counted {
-            None => process_bytes,
-            Some(counted) => {
-                counted.vms_bytes + process_bytes.saturating_sub(counted.process_bytes)
-            }
-        };
+        let private_bytes = counted.map_or_else(|| self.process_bytes(), |it| it.vms_bytes);
         private_bytes + or_logged(self.process.pool_bytes())
     }
 
@@ -177,10 +190,15 @@ fn or_logged(bytes: std::io::Result<u64>) -> u64 {
 /// For the merge engine's reservations: they end well before the guard's line, so that an unmerge
 /// runs out of its own budget before it makes the guard end a VM.
 impl MemoryGauge for Gauge {
-    fn headroom_bytes(&self, budget_bytes: Option<u64>) -> Option<u64> {
-        let (_, filled) = self.nearest(budget_bytes)?;
-        let reserve_bytes = self.policy.reserve_bytes(filled.limit_bytes);
-        Some(filled.headroom_bytes().saturating_sub(2 * reserve_bytes))
+    fn headroom(&self, budget_bytes: Option<u64>) -> Option<Headroom> {
+        let now = Instant::now();
+        let counted_at = self.counted().map(|counted| counted.at);
+        let (limit, filled) = self.nearest(budget_bytes)?;
+        let margin_bytes = self.policy.margin_bytes(filled.limit_bytes);
+        Some(Headroom {
+            bytes: filled.headroom_bytes().saturating_sub(margin_bytes),
+            as_of: counted_at.filter(|_| limit == Limit::Budget).unwrap_or(now),
+        })
     }
 }
 
@@ -195,13 +213,13 @@ mod tests {
         let used = gauge.use_bytes();
         assert!(used > 0);
         let budget = used + (1 << 30);
-        let room = gauge.headroom_bytes(Some(budget)).expect("a budget");
+        let room = gauge.headroom(Some(budget)).expect("a budget").bytes;
         let line = gauge.policy.line_bytes(budget);
         assert!(
             room < line.saturating_sub(used),
             "{room} of {line} - {used}"
         );
-        assert_eq!(gauge.headroom_bytes(Some(1)), Some(0));
+        assert_eq!(gauge.headroom(Some(1)).expect("a budget").bytes, 0);
     }
 
     #[test]
@@ -209,9 +227,11 @@ mod tests {
         let engine = dedup::Engine::new(&dedup::Settings::default()).expect("userfaultfd");
         let gauge = Gauge::new(engine.process_memory(), 2);
         let _other = Gauge::new(engine.process_memory(), 2);
-        assert!(gauge.wants_count());
+        assert!(gauge.wants_count(None));
+        let before = Instant::now();
         gauge.calibrate(|| 7 << 40);
-        assert!(!gauge.wants_count());
-        assert!(gauge.use_bytes() >= 7 << 40);
+        assert_eq!(gauge.use_bytes(), 7 << 40);
+        let headroom = gauge.headroom(Some(8 << 40)).expect("a budget");
+        assert!((before..Instant::now()).contains(&headroom.as_of));
     }
 }

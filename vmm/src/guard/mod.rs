@@ -43,6 +43,8 @@ const END_PATIENCE: Duration = Duration::from_secs(10);
 const HELPLESS: Duration = Duration::from_millis(500);
 /// How long an unmerge waits where the guard gives it the memory of VMs.
 const UNMERGE_PATIENCE_WITH_VICTIMS: Duration = Duration::from_secs(60);
+/// Time between two questions for the pressure.
+const PRESSURE_INTERVAL: Duration = Duration::from_secs(1);
 /// The most urgent that a thread can be without being real-time.
 const NICE: i32 = -20;
 
@@ -183,6 +185,8 @@ struct Round<'a> {
     watch: &'a Watch,
     policy: Policy,
     begun: Instant,
+    /// PSI, and when it was asked for.
+    pressure: Option<(Instant, f64)>,
 }
 
 impl<'a> Round<'a> {
@@ -192,14 +196,17 @@ impl<'a> Round<'a> {
             watch,
             policy: Policy::new(cpus),
             begun: Instant::now(),
+            pressure: None,
         }
     }
 
     /// One look, and what it asks for. Returns the time until the next.
     fn look(&mut self) -> Duration {
-        if self.watch.gauge.wants_count() && self.watch.engine.memory_budget_bytes().is_some() {
+        let budget_bytes = self.watch.engine.memory_budget_bytes();
+        if budget_bytes.is_some() && self.watch.gauge.wants_count(budget_bytes) {
             self.watch.count();
         }
+        self.ask_pressure();
         let mut sight = self.sight();
         self.policy.note(self.begun.elapsed(), &sight);
         let action = self.policy.action(self.begun.elapsed(), &sight);
@@ -222,6 +229,15 @@ impl<'a> Round<'a> {
         }
     }
 
+    /// Asks for the pressure if the answer is old: the kernel averages it over 10 s.
+    fn ask_pressure(&mut self) {
+        let is_fresh = |(at, _): (Instant, f64)| at.elapsed() < PRESSURE_INTERVAL;
+        if !self.pressure.is_some_and(is_fresh) {
+            let percent = self.watch.gauge.pressure_percent();
+            self.pressure = Some((Instant::now(), percent));
+        }
+    }
+
     fn sight(&self) -> Sight {
         let watch = self.watch;
         let nearest = watch.gauge.nearest(watch.engine.memory_budget_bytes());
@@ -229,7 +245,7 @@ impl<'a> Round<'a> {
         let is_short = filled.is_some_and(policy::Filled::is_short);
         Sight {
             filled,
-            pressure_percent: watch.gauge.pressure_percent(),
+            pressure_percent: self.pressure.map_or(0.0, |(_, percent)| percent),
             is_out: is_short && watch.gauge.is_out(),
             is_starving: watch.unmerge_victims() && watch.engine.memory_waited_for_bytes() > 0,
         }
@@ -264,18 +280,26 @@ impl<'a> Round<'a> {
             };
             log::warn!("vm {} is ended for want of memory: {sight:?}", vm.id());
             vm.end(EndReason::OomVictim);
-            if vm.wait_ended(Instant::now() + END_PATIENCE).is_none() {
-                log::error!("vm {} has not ended within {END_PATIENCE:?}", vm.id());
+            match vm.wait_ended(Instant::now() + END_PATIENCE) {
+                Some(EndReason::OomVictim) => {
+                    self.watch.victims.fetch_add(1, Ordering::Relaxed);
+                }
+                // Somebody else was quicker.
+                Some(_) => {}
+                None => log::error!("vm {} has not ended within {END_PATIENCE:?}", vm.id()),
             }
             ended += 1;
-            self.watch.victims.fetch_add(1, Ordering::Relaxed);
             self.watch.engine.memory_given_back();
         }
     }
 
-    /// The VM to end next.
+    /// The VM to end next. Only those of the lowest priority are asked how much they hold: the
+    /// answer takes a walk through their page tables, and all guests stand still meanwhile.
     fn next_end(vms: &[Arc<Vm>]) -> Option<Arc<Vm>> {
-        let candidates: Vec<Candidate> = vms.iter().filter_map(|vm| vm.candidate()).collect();
+        let endable = || vms.iter().filter(|vm| vm.has_machine());
+        let lowest = endable().map(|vm| vm.oom_priority()).min()?;
+        let least_important = endable().filter(|vm| vm.oom_priority() == lowest);
+        let candidates: Vec<Candidate> = least_important.filter_map(|vm| vm.candidate()).collect();
         let chosen = &victim(&candidates)?.id;
         vms.iter().find(|vm| vm.id() == chosen).cloned()
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::id::VmId;
 
-/// Shortest time between two looks. A look takes a few microseconds.
+/// Shortest time between two looks. A look takes some 50 us.
 const LOOK_MIN: Duration = Duration::from_millis(1);
 /// Longest, where there is a limit.
 const LOOK_MAX: Duration = Duration::from_millis(500);
@@ -25,7 +25,7 @@ const BYTES_PER_S_AND_CPU: u64 = 1 << 30;
 /// two looks, and as much again for a guard that wakes up late.
 const BLIND: Duration = Duration::from_millis(2);
 /// Share of the limit that is kept free at least, as a divisor.
-const RESERVE_DIVISOR: u64 = 32;
+const RESERVE_DIVISOR: u64 = 24;
 /// And at most; so small a limit can't be kept against guests that know no restraint.
 const RESERVE_DIVISOR_MIN: u64 = 4;
 /// Below this share of the limit memory is short, as a divisor.
@@ -149,11 +149,18 @@ impl Policy {
         Action::Rest
     }
 
+    /// What reservations must leave free below `limit_bytes`, so that they never cross the line.
+    pub(crate) fn margin_bytes(&self, limit_bytes: u64) -> u64 {
+        2 * self.reserve_bytes(limit_bytes)
+    }
+
     /// Use above which VMs are ended.
     pub(crate) fn line_bytes(&self, limit_bytes: u64) -> u64 {
-        let growing = bytes_in_f(self.growth_bytes_per_s, BLIND).min(limit_bytes / 8);
+        let reserve_bytes = self.reserve_bytes(limit_bytes);
+        // Bounded, so that an unmerge, which grows as fast as any guest, stays below the line.
+        let growing = bytes_in_f(self.growth_bytes_per_s, BLIND).min(reserve_bytes / 2);
         limit_bytes
-            .saturating_sub(self.reserve_bytes(limit_bytes))
+            .saturating_sub(reserve_bytes)
             .saturating_sub(growing)
     }
 
@@ -297,6 +304,20 @@ mod tests {
         sight.is_starving = false;
         policy.note(later, &sight);
         assert_eq!(policy.action(later, &sight), Action::Rest);
+    }
+
+    #[test]
+    fn reservations_end_below_the_line_however_fast_they_grow() {
+        for limit_mib in [1, 10, 100, 1000, 100_000] {
+            let limit_bytes = limit_mib * MIB;
+            let mut policy = Policy::new(4);
+            policy.note(Duration::ZERO, &sight(0, limit_bytes));
+            let full = limit_bytes - policy.margin_bytes(limit_bytes);
+            let sight = sight(full, limit_bytes);
+            policy.note(Duration::from_micros(1), &sight);
+            let action = policy.action(Duration::from_micros(1), &sight);
+            assert_ne!(action, Action::StopVictim, "{limit_mib} MiB");
+        }
     }
 
     #[test]
