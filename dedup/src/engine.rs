@@ -124,27 +124,15 @@ impl Engine {
         })
     }
 
-    /// Starts or stops merging, or stops and unmerges everything. Setting what is set already
-    /// does nothing. `Unmerge` returns when no page is merged any more.
+    /// Starts or stops merging, or stops and unmerges everything. Setting `Stop` or `Merge` again
+    /// does nothing. `Unmerge` returns when no page is merged any more, also when another caller's
+    /// was still at it.
     ///
     /// # Errors
-    /// [`EngineError::Unmerge`] when private copies can't be had; `run` is `Stop` then.
+    /// [`EngineError::Unmerge`] when private copies can't be had; `run` is `Stop` then, unless
+    /// somebody has set it anew.
     pub fn set_run(&self, run: Run) -> Result<(), EngineError> {
-        {
-            let mut control = sync::lock(&self.shared.control);
-            if control.run == run {
-                return Ok(());
-            }
-            control.run = run;
-        }
-        self.shared.kick();
-        if run != Run::Unmerge {
-            return Ok(());
-        }
-        self.shared.unmerge_all().map_err(|error| {
-            sync::lock(&self.shared.control).run = Run::Stop;
-            EngineError::Unmerge(error)
-        })
+        self.shared.set_run(run).map_err(EngineError::Unmerge)
     }
 
     /// Whether the engine merges.

@@ -263,7 +263,8 @@ impl<B: Backing> Scanner<B> {
     pub(crate) fn stats(&self) -> Stats {
         let mut stats = Stats {
             pages_shared: self.stable.shared_pages(),
-            pages_sharing: self.stable.sharers() - self.stable.shared_pages(),
+            // Saturating: a batch that panicked may have left founded pages without sharers.
+            pages_sharing: (self.stable.sharers()).saturating_sub(self.stable.shared_pages()),
             pages_scanned: self.pages_scanned,
             full_scans: self.full_scans,
             pages_over_vma_budget: self.pages_over_vma_budget,

@@ -194,6 +194,31 @@ impl<B: Backing> Shared<B> {
         self.publish(&scanner);
     }
 
+    /// Has the engine merge, stop, or stop and unmerge. An unmerge always looks at every region,
+    /// even if `run` says so already: another caller's may still be under way.
+    ///
+    /// # Errors
+    /// When a private copy can't be had; `run` is `Stop` then, unless it was set anew meanwhile.
+    pub(crate) fn set_run(&self, run: Run) -> io::Result<()> {
+        {
+            let mut control = sync::lock(&self.control);
+            if control.run == run && run != Run::Unmerge {
+                return Ok(());
+            }
+            control.run = run;
+        }
+        self.kick();
+        if run != Run::Unmerge {
+            return Ok(());
+        }
+        let unmerged = self.unmerge_all();
+        let mut control = sync::lock(&self.control);
+        if unmerged.is_err() && control.run == Run::Unmerge {
+            control.run = Run::Stop;
+        }
+        unmerged
+    }
+
     /// Unmerges every region. Waits for the batch in hand, and keeps the worker out meanwhile.
     pub(crate) fn unmerge_all(&self) -> io::Result<()> {
         let mut scanner = sync::lock(&self.scanner);

@@ -1,6 +1,7 @@
 //! The worker: one thread per domain that scans at its pace and finishes what has exited.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -29,7 +30,7 @@ impl<B: Backing> Worker<B> {
         let theirs = Arc::clone(shared);
         let thread = thread::Builder::new()
             .name("dedup".to_owned())
-            .spawn(move || while work(&theirs) {})?;
+            .spawn(move || while work_unless_it_panics(&theirs) {})?;
         Ok(Worker {
             shared: Arc::clone(shared),
             thread: Some(thread),
@@ -47,6 +48,26 @@ impl<B: Backing> Drop for Worker<B> {
             log::error!("the dedup worker had panicked");
         }
     }
+}
+
+/// One round, and a panic in it means only that merging stops. The thread goes on, because exits
+/// depend on it: it finishes what was handed over, so that no region is leaked. At most a run of
+/// pool pages is: whether a guest was mapped to them is not known, and punching them would show.
+fn work_unless_it_panics<B: Backing>(shared: &Shared<B>) -> bool {
+    // What is left behind is consistent enough to let regions go: see `sync` on poison.
+    if let Ok(goes_on) = catch_unwind(AssertUnwindSafe(|| work(shared))) {
+        return goes_on;
+    }
+    log::error!("the dedup worker panicked, run is now stop");
+    let mut control = sync::lock(&shared.control);
+    control.run = Run::Stop;
+    // A slot that was handed over to the scan would not come up any more.
+    control.reap = true;
+    // Nobody waits for a pass that will not end.
+    shared.work.notify_all();
+    drop(control);
+    // Should reaping panic as well, it does so at the pace of batches.
+    pause(shared)
 }
 
 /// One round. False when the worker is to end.
@@ -102,3 +123,6 @@ fn pause<B: Backing>(shared: &Shared<B>) -> bool {
     }
     !control.stop
 }
+
+#[cfg(test)]
+mod tests;
