@@ -10,7 +10,7 @@ use crate::backing::linux::{LinuxMemory, LinuxPool, Userfaultfd};
 use crate::control::{Control, Pace, Run};
 use crate::dirty::DirtySource;
 use crate::mapping::Mapping;
-use crate::region::{Region, RegionId};
+use crate::region::{RegionId, RegionRef};
 use crate::scanner::Scanner;
 use crate::shared::{ExitPath, Shared};
 use crate::stats::{RegionStats, Stats};
@@ -61,8 +61,8 @@ pub enum EngineError {
 #[derive(Debug)]
 pub struct Engine {
     // Before `shared`, so that the thread has ended when the last of the memory goes.
-    _worker: Worker<LinuxMemory>,
-    shared: Arc<Shared<LinuxMemory>>,
+    _worker: Worker<Scanner<LinuxMemory>>,
+    shared: Arc<Shared<Scanner<LinuxMemory>>>,
     userfaultfd: Arc<Userfaultfd>,
 }
 
@@ -125,8 +125,9 @@ impl Engine {
     }
 
     /// Starts or stops merging, or stops and unmerges everything. Setting `Stop` or `Merge` again
-    /// does nothing. `Unmerge` returns when no page is merged any more, also when another caller's
-    /// was still at it.
+    /// does nothing. `Stop` returns when the window in hand is done, after which nothing is merged.
+    /// `Unmerge` returns when no page is merged any more, also when another caller's was still at
+    /// it.
     ///
     /// # Errors
     /// [`EngineError::Unmerge`] when private copies can't be had; `run` is `Stop` then, unless
@@ -166,8 +167,8 @@ impl Engine {
 /// A registered region, held by the VM whose memory it is.
 #[derive(Debug)]
 pub struct RegionHandle {
-    shared: Arc<Shared<LinuxMemory>>,
-    region: Arc<Region<LinuxMemory>>,
+    shared: Arc<Shared<Scanner<LinuxMemory>>>,
+    region: RegionRef<LinuxMemory>,
 }
 
 impl RegionHandle {
@@ -187,7 +188,7 @@ impl RegionHandle {
     }
 
     /// Gives the region's memory back and takes it off the engine. vCPUs and devices of the VM
-    /// have stopped, and nobody else uses the mapping. Waits for one batch at most.
+    /// have stopped, and nobody else uses the mapping. Waits for one window at most.
     pub fn exit(self) -> ExitPath {
         self.shared.exit(&self.region)
     }

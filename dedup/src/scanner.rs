@@ -1,7 +1,5 @@
 //! What the holder of the worker mutex owns: items, stable pages, unstable candidates, counters.
 
-use std::sync::Arc;
-
 use crate::backing::{Backing, Pool};
 use crate::dirty::{PageSet, Watch};
 use crate::heal::HEAL_VMAS_MIN;
@@ -14,7 +12,7 @@ use crate::places::Places;
 use crate::region::{Entered, Region, RegionId};
 use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
-use crate::sync;
+use crate::sync::{self, Arc};
 use crate::unstable::Unstable;
 
 /// A region that the worker has met, with what it knows of its pages.

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use crate::backing::Backing;
 use crate::control::Run;
 use crate::shared::Shared;
 use crate::sync;
+use crate::work::Work;
 
 /// What the worker does next.
 enum Next {
@@ -20,13 +20,16 @@ enum Next {
 
 /// The thread, stopped and joined on drop.
 #[derive(Debug)]
-pub(crate) struct Worker<B: Backing> {
-    shared: Arc<Shared<B>>,
+pub(crate) struct Worker<W: Work> {
+    shared: Arc<Shared<W>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl<B: Backing> Worker<B> {
-    pub(crate) fn spawn(shared: &Arc<Shared<B>>) -> io::Result<Worker<B>> {
+impl<W: Work + Send + 'static> Worker<W>
+where
+    W::Memory: Send + Sync + 'static,
+{
+    pub(crate) fn spawn(shared: &Arc<Shared<W>>) -> io::Result<Worker<W>> {
         let theirs = Arc::clone(shared);
         let thread = thread::Builder::new()
             .name("dedup".to_owned())
@@ -38,7 +41,7 @@ impl<B: Backing> Worker<B> {
     }
 }
 
-impl<B: Backing> Drop for Worker<B> {
+impl<W: Work> Drop for Worker<W> {
     fn drop(&mut self) {
         sync::lock(&self.shared.control).stop = true;
         self.shared.work.notify_all();
@@ -53,7 +56,7 @@ impl<B: Backing> Drop for Worker<B> {
 /// One round, and a panic in it means only that merging stops. The thread goes on, because exits
 /// depend on it: it finishes what was handed over, so that no region is leaked. At most a run of
 /// pool pages is: whether a guest was mapped to them is not known, and punching them would show.
-fn work_unless_it_panics<B: Backing>(shared: &Shared<B>) -> bool {
+fn work_unless_it_panics<W: Work>(shared: &Shared<W>) -> bool {
     // What is left behind is consistent enough to let regions go: see `sync` on poison.
     if let Ok(goes_on) = catch_unwind(AssertUnwindSafe(|| work(shared))) {
         return goes_on;
@@ -71,7 +74,12 @@ fn work_unless_it_panics<B: Backing>(shared: &Shared<B>) -> bool {
 }
 
 /// One round. False when the worker is to end.
-fn work<B: Backing>(shared: &Shared<B>) -> bool {
+fn work<W: Work>(shared: &Shared<W>) -> bool {
+    act(shared) && pause(shared)
+}
+
+/// Waits for something to do, and does it. False when the worker is to end.
+pub(crate) fn act<W: Work>(shared: &Shared<W>) -> bool {
     match wait_for_work(shared) {
         Next::Stop => return false,
         Next::Reap => shared.reap(),
@@ -84,10 +92,10 @@ fn work<B: Backing>(shared: &Shared<B>) -> bool {
             }
         }
     }
-    pause(shared)
+    true
 }
 
-fn wait_for_work<B: Backing>(shared: &Shared<B>) -> Next {
+fn wait_for_work<W: Work>(shared: &Shared<W>) -> Next {
     let mut control = sync::lock(&shared.control);
     loop {
         control.kicked = false;
@@ -109,7 +117,7 @@ fn wait_for_work<B: Backing>(shared: &Shared<B>) -> Next {
 }
 
 /// Pauses as the pace says, unless something happens. False when the worker is to end.
-fn pause<B: Backing>(shared: &Shared<B>) -> bool {
+fn pause<W: Work>(shared: &Shared<W>) -> bool {
     let mut control = sync::lock(&shared.control);
     let until = Instant::now() + control.pause();
     while !control.kicked && !control.stop && control.waiters == 0 {
@@ -124,5 +132,5 @@ fn pause<B: Backing>(shared: &Shared<B>) -> bool {
     !control.stop
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

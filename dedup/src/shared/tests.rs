@@ -6,8 +6,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::backing::Backing;
 use crate::backing::fake::{Content, FakeMemory, FakePage, FakePool, Moment};
 use crate::control::Pace;
+use crate::scanner::Scanner;
 
 const PAGES: u32 = 24;
 
@@ -77,7 +79,7 @@ struct Guest {
 }
 
 struct World {
-    shared: Shared<FakeMemory>,
+    shared: Shared<Scanner<FakeMemory>>,
     pool: FakePool,
     guests: Vec<Guest>,
     registered: u32,
@@ -261,8 +263,16 @@ impl World {
     }
 }
 
+/// Histories to try, where the environment (`PROPTEST_CASES`) does not say.
+const CASES: u32 = 4000;
+
+fn cases() -> u32 {
+    let given = std::env::var("PROPTEST_CASES").ok();
+    given.and_then(|text| text.parse().ok()).unwrap_or(CASES)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4000))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
     #[test]
     fn every_guest_reads_what_it_wrote_and_every_counter_can_be_recounted(
         steps in proptest::collection::vec(step(), 1..60)
