@@ -56,6 +56,8 @@ pub enum Command {
     /// End a VM at once; its record and console stay until `rm`
     #[command(after_help = "Examples:\n  samepage stop web1")]
     Stop(IdArgs),
+    /// Merge a VM's memory now, and say what that came to
+    Merge(MergeArgs),
     /// Delete a VM that does not run
     Rm(RmArgs),
     /// Attach to a VM's serial console
@@ -79,6 +81,13 @@ pub struct ServeArgs {
     /// A domain that is not named here opens with its first VM and closes with its last.
     #[arg(long = "domain", value_name = "NAME")]
     pub domains: Vec<MergeDomain>,
+
+    /// Memory in MiB that each merge domain may take, all its VMs together; past it the VM with the
+    /// lowest --oom-priority is ended
+    ///
+    /// `PATCH /merge/NAME` changes it for one domain. A limit of the server's cgroup counts anyway.
+    #[arg(long, value_name = "MIB")]
+    pub memory_budget_mib: Option<u32>,
 
     /// Also stop when standard input ends, so that a parent process cannot leave a server behind
     #[arg(long)]
@@ -128,8 +137,7 @@ pub struct VmArgs {
     #[arg(long)]
     pub no_merge: bool,
 
-    /// The lowest is to go first when memory runs out; kept and shown, nothing acts on it yet
-    /// [default: 0]
+    /// The lowest is ended first when the merge domain runs out of memory [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub oom_priority: Option<i32>,
 }
@@ -220,6 +228,24 @@ pub struct PsArgs {
 pub struct IdArgs {
     /// The VM's id
     pub id: VmId,
+}
+
+/// Arguments of `merge`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Scans all of the VM's memory at once, without waiting for pages to have rested, and returns when
+that is done. For a VM that has just booted, or is about to be paused.
+
+Examples:
+  samepage merge web1
+  samepage merge web1 --json")]
+pub struct MergeArgs {
+    /// The VM's id
+    pub id: VmId,
+
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `rm`.

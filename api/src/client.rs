@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dedup::RegionStats;
+use dedup::{MergedNow, RegionStats};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
@@ -99,7 +99,9 @@ impl Client {
 
     /// `PUT /vms/{id}` with a Firecracker config.
     pub async fn create_vm(&self, id: &str, config: &impl Serialize) -> Result<(), ClientError> {
-        self.send(&Method::PUT, &format!("/vms/{id}"), config).await
+        let path = format!("/vms/{id}");
+        self.send(&Method::PUT, &path, config).await?;
+        Ok(())
     }
 
     /// `DELETE /vms/{id}`
@@ -113,13 +115,26 @@ impl Client {
     pub async fn act(&self, id: &str, action_type: ActionType) -> Result<(), ClientError> {
         let path = format!("/vms/{id}/actions");
         self.send(&Method::PUT, &path, &ActionBody { action_type })
-            .await
+            .await?;
+        Ok(())
+    }
+
+    /// `PUT /vms/{id}/actions` with `MergeNow`
+    pub async fn merge_now(&self, id: &str) -> Result<MergedNow, ClientError> {
+        let body = ActionBody {
+            action_type: ActionType::MergeNow,
+        };
+        let path = format!("/vms/{id}/actions");
+        let reply = self.send(&Method::PUT, &path, &body).await?;
+        parse(&format!("PUT {path}"), &reply)
     }
 
     /// `PATCH /vms/{id}/vm`
     pub async fn set_vm_state(&self, id: &str, state: DesiredState) -> Result<(), ClientError> {
         let path = format!("/vms/{id}/vm");
-        self.send(&Method::PATCH, &path, &StateBody { state }).await
+        self.send(&Method::PATCH, &path, &StateBody { state })
+            .await?;
+        Ok(())
     }
 
     /// `GET /vms/{id}/merge`
@@ -139,8 +154,9 @@ impl Client {
 
     /// `PATCH /merge/{domain}`; with `run: unmerge` it returns when no page is shared any more.
     pub async fn patch_domain(&self, domain: &str, patch: &MergePatch) -> Result<(), ClientError> {
-        self.send(&Method::PATCH, &format!("/merge/{domain}"), patch)
-            .await
+        let path = format!("/merge/{domain}");
+        self.send(&Method::PATCH, &path, patch).await?;
+        Ok(())
     }
 
     /// `GET /vms/{id}/console`: what the console has shown, as far as it is kept.
@@ -175,10 +191,7 @@ impl Client {
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         let body = self.call(&Method::GET, path, Bytes::new()).await?;
-        serde_json::from_slice(&body).map_err(|error| ClientError::Reply {
-            request: format!("GET {path}"),
-            message: error.to_string(),
-        })
+        parse(&format!("GET {path}"), &body)
     }
 
     async fn send(
@@ -186,13 +199,12 @@ impl Client {
         method: &Method,
         path: &str,
         value: &impl Serialize,
-    ) -> Result<(), ClientError> {
+    ) -> Result<Bytes, ClientError> {
         let body = serde_json::to_vec(value).map_err(|error| ClientError::Reply {
             request: format!("{method} {path}"),
             message: error.to_string(),
         })?;
-        self.call(method, path, body.into()).await?;
-        Ok(())
+        self.call(method, path, body.into()).await
     }
 
     /// One request and the body of its reply.
@@ -252,6 +264,13 @@ async fn collect(path: &str, response: Response<Incoming>) -> Result<Bytes, Clie
         source,
     })?;
     Ok(collected.to_bytes())
+}
+
+fn parse<T: DeserializeOwned>(request: &str, body: &[u8]) -> Result<T, ClientError> {
+    serde_json::from_slice(body).map_err(|error| ClientError::Reply {
+        request: request.to_owned(),
+        message: error.to_string(),
+    })
 }
 
 fn refusal(path: &str, status: StatusCode, body: &[u8]) -> ClientError {

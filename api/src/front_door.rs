@@ -203,11 +203,14 @@ impl FrontDoor {
 
     fn act(&self, id: &VmId, action: ActionType) -> Result<Reply, Fault> {
         let monitor = self.monitor_of(id)?;
+        if action == ActionType::MergeNow {
+            return Reply::json(&monitor.merge_now(id).map_err(|e| refusal(&e))?);
+        }
         match action {
             ActionType::InstanceStart => monitor.start(id),
             ActionType::SendCtrlAltDel => monitor.send_ctrl_alt_del(id),
             ActionType::InstanceStop => monitor.stop(id),
-            ActionType::FlushMetrics => Ok(()),
+            ActionType::FlushMetrics | ActionType::MergeNow => Ok(()),
         }
         .map_err(|e| refusal(&e))?;
         Ok(Reply::Empty)
@@ -234,7 +237,16 @@ impl FrontDoor {
     fn patch_domain(&self, name: &DomainName, patch: &MergePatch) -> Result<Reply, Fault> {
         let monitor = self.monitor_for(name)?;
         let engine = monitor.engine();
-        self.patch_pace(engine, patch);
+        self.patch_pace(engine, patch)?;
+        if let Some(bytes) = patch.memory_budget {
+            monitor.set_memory_budget(bytes.filter(|&bytes| bytes > 0));
+        }
+        if let Some(ratio) = patch.overcommit_ratio {
+            monitor.set_overcommit_ratio(ratio.filter(|&ratio| ratio > 0.0));
+        }
+        if let Some(allowed) = patch.unmerge_victims {
+            monitor.set_unmerge_victims(allowed);
+        }
         if let Some(run) = patch.run {
             let set = engine.set_run(run);
             set.map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
@@ -242,17 +254,15 @@ impl FrontDoor {
         Ok(Reply::Empty)
     }
 
-    fn patch_pace(&self, engine: &dedup::Engine, patch: &MergePatch) {
+    fn patch_pace(&self, engine: &dedup::Engine, patch: &MergePatch) -> Result<(), Fault> {
         // It guards no data that a panic could leave half done.
-        let patching = self.patching.lock().unwrap_or_else(PoisonError::into_inner);
+        let _patching = self.patching.lock().unwrap_or_else(PoisonError::into_inner);
         let before = engine.pace();
-        let mut pace = before;
-        pace.pages_to_scan = patch.pages_to_scan.unwrap_or(pace.pages_to_scan);
-        pace.sleep_millisecs = patch.sleep_millisecs.unwrap_or(pace.sleep_millisecs);
+        let pace = patch.pace(before).map_err(Fault::bad_request)?;
         if pace != before {
             engine.set_pace(pace);
         }
-        drop(patching);
+        Ok(())
     }
 }
 
@@ -325,7 +335,6 @@ impl Roster {
 
 fn describe_domain(monitor: &Monitor) -> Domain {
     let engine = monitor.engine();
-    let pace = engine.pace();
     let vms = monitor
         .list()
         .into_iter()
@@ -337,9 +346,9 @@ fn describe_domain(monitor: &Monitor) -> Domain {
         .collect();
     Domain {
         run: engine.run(),
-        pages_to_scan: pace.pages_to_scan,
-        sleep_millisecs: pace.sleep_millisecs,
+        pace: engine.pace(),
         stats: engine.stats(),
+        memory: monitor.memory(),
         vms,
     }
 }
@@ -350,6 +359,8 @@ fn refusal(error: &MonitorError) -> Fault {
     match error.kind() {
         ErrorKind::NotFound => Fault::not_found(message),
         ErrorKind::Conflict | ErrorKind::InvalidInput => Fault::bad_request(message),
+        // Firecracker knows no such refusal.
+        ErrorKind::NoRoom => Fault::conflict(message),
         ErrorKind::Internal => {
             log::error!("{message}");
             Fault::internal(message)

@@ -4,9 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use dedup::{RegionStats, Run, Stats};
+use dedup::{Pace, RegionStats, Run, Stats};
 use serde::{Deserialize, Serialize};
-use vmm::{VmInfo, VmState};
+use vmm::{MemoryInfo, VmInfo, VmState};
 
 /// Reply of `GET /version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,17 +60,18 @@ pub struct Report {
 }
 
 /// Reply of `GET /merge/{domain}`, and a value of `GET /merge`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Domain {
     /// What the worker does.
     pub run: Run,
-    /// Pages looked at per batch.
-    pub pages_to_scan: u32,
-    /// Sleep between batches.
-    pub sleep_millisecs: u32,
+    /// How fast it does it.
+    #[serde(flatten)]
+    pub pace: Pace,
     /// The engine's counters over all VMs of the domain.
     #[serde(flatten)]
     pub stats: Stats,
+    /// Its memory: limits, use, and what it could come to.
+    pub memory: MemoryInfo,
     /// Each VM's part, by id.
     pub vms: BTreeMap<String, RegionStats>,
 }
@@ -150,9 +151,9 @@ mod tests {
         };
         let domain = Domain {
             run: Run::Merge,
-            pages_to_scan: 1,
-            sleep_millisecs: 1,
+            pace: Pace::default(),
             stats: Stats::default(),
+            memory: MemoryInfo::default(),
             vms: BTreeMap::new(),
         };
         let document: serde_json::Value = serde_json::from_str(crate::OPENAPI_JSON).unwrap();
@@ -163,10 +164,18 @@ mod tests {
                 serde_json::to_value(VmDescription::from(&info)).unwrap(),
             ),
             ("Report", serde_json::to_value(Report::default()).unwrap()),
+            (
+                "Memory",
+                serde_json::to_value(MemoryInfo::default()).unwrap(),
+            ),
             ("Domain", serde_json::to_value(&domain).unwrap()),
             (
                 "VmMerge",
                 serde_json::to_value(RegionStats::default()).unwrap(),
+            ),
+            (
+                "MergedNow",
+                serde_json::to_value(dedup::MergedNow::default()).unwrap(),
             ),
             ("Version", serde_json::to_value(Version::current()).unwrap()),
         ] {

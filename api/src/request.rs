@@ -1,7 +1,7 @@
 //! What a client can ask for, after everything that can be checked without state was checked.
 
-use dedup::Run;
-use serde::{Deserialize, Serialize};
+use dedup::{AdvisorMode, Pace, Run};
+use serde::{Deserialize, Deserializer, Serialize};
 use vmm::VmId;
 use vmm::config::VmConfig;
 
@@ -48,7 +48,7 @@ pub struct ActionBody {
     pub action_type: ActionType,
 }
 
-/// Firecracker's actions, and one of ours.
+/// Firecracker's actions, and two of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ActionType {
     /// Boots the VM.
@@ -57,6 +57,8 @@ pub enum ActionType {
     SendCtrlAltDel,
     /// Ends the VM at once and gives its memory back (ours; Firecracker's process is killed).
     InstanceStop,
+    /// Merges the VM's memory now; the reply says what that came to (ours).
+    MergeNow,
     /// Accepted for Firecracker's clients; there is no metrics file to flush.
     FlushMetrics,
 }
@@ -79,7 +81,7 @@ pub enum DesiredState {
 }
 
 /// The body of `PATCH /merge/{domain}`: what is absent stays as it is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MergePatch {
     /// What the worker does; KSM's `run` by name.
@@ -91,4 +93,107 @@ pub struct MergePatch {
     /// Sleep between batches, as KSM's file of this name.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub sleep_millisecs: Option<u32>,
+    /// Highest share of one CPU for the worker, 1 to 100.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub max_cpu_percent: Option<u32>,
+    /// Who says how many pages a batch has, as KSM's file of this name.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub advisor_mode: Option<AdvisorMode>,
+    /// In this time the advisor has everything visited that is due.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub target_scan_time_ms: Option<u32>,
+    /// Fewest pages that the advisor may advise, as KSM's file of this name.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub advisor_min_pages_to_scan: Option<u32>,
+    /// Most pages that the advisor may advise, as KSM's file of this name.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub advisor_max_pages_to_scan: Option<u32>,
+    /// Memory in bytes that the domain may take; null and 0 are for no budget.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        default,
+        deserialize_with = "present"
+    )]
+    pub memory_budget: Option<Option<u64>>,
+    /// How many times its limit may be promised to VMs; null and 0 are for as often as one likes.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        default,
+        deserialize_with = "present"
+    )]
+    pub overcommit_ratio: Option<Option<f64>>,
+    /// Whether VMs are ended so that an unmerge fits.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unmerge_victims: Option<bool>,
+}
+
+/// Tells a value that is null from one that is absent.
+fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
+}
+
+impl MergePatch {
+    /// The pace that comes of it, `from` the one there is.
+    ///
+    /// # Errors
+    /// For a value that makes no sense, and for `pages_to_scan` where the advisor sets it, which
+    /// KSM refuses too.
+    pub fn pace(&self, from: Pace) -> Result<Pace, String> {
+        let pace = Pace {
+            pages_to_scan: self.pages_to_scan.unwrap_or(from.pages_to_scan),
+            sleep_millisecs: self.sleep_millisecs.unwrap_or(from.sleep_millisecs),
+            max_cpu_percent: self.max_cpu_percent.unwrap_or(from.max_cpu_percent),
+            advisor_mode: self.advisor_mode.unwrap_or(from.advisor_mode),
+            target_scan_time_ms: self.target_scan_time_ms.unwrap_or(from.target_scan_time_ms),
+            advisor_min_pages_to_scan: self
+                .advisor_min_pages_to_scan
+                .unwrap_or(from.advisor_min_pages_to_scan),
+            advisor_max_pages_to_scan: self
+                .advisor_max_pages_to_scan
+                .unwrap_or(from.advisor_max_pages_to_scan),
+        };
+        pace.validate().map_err(|error| error.to_string())?;
+        match self.pages_to_scan {
+            Some(pages) if pace.advisor_mode == AdvisorMode::ScanTime => Err(format!(
+                "pages_to_scan {pages}: is set by the advisor while advisor_mode is \"scan-time\""
+            )),
+            _ => Ok(pace),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn patch(json: &str) -> MergePatch {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn a_patch_changes_what_it_names_and_nothing_else() {
+        let before = Pace::default();
+        assert_eq!(patch("{}").pace(before), Ok(before));
+        let after = patch(r#"{"max_cpu_percent": 7, "advisor_mode": "scan-time"}"#).pace(before);
+        let expected = Pace {
+            max_cpu_percent: 7,
+            advisor_mode: AdvisorMode::ScanTime,
+            ..before
+        };
+        assert_eq!(after, Ok(expected));
+    }
+
+    #[test]
+    fn pages_of_a_batch_are_the_advisors_while_there_is_one() {
+        let advised = Pace {
+            advisor_mode: AdvisorMode::ScanTime,
+            ..Pace::default()
+        };
+        let refused = patch(r#"{"pages_to_scan": 9}"#).pace(advised).unwrap_err();
+        assert!(refused.starts_with("pages_to_scan 9: "), "{refused}");
+        let off = patch(r#"{"pages_to_scan": 9, "advisor_mode": "none"}"#).pace(advised);
+        assert_eq!(off.unwrap().pages_to_scan, 9);
+    }
 }

@@ -86,6 +86,13 @@ fn domain_request(call: &Call<'_>, name: &str) -> Result<Option<Request>, Fault>
                     "pages_to_scan 0: must be at least 1 (use run \"stop\" to rest)",
                 ));
             }
+            if let Some(Some(ratio)) = patch.overcommit_ratio
+                && ratio < 0.0
+            {
+                return Err(Fault::bad_request(format!(
+                    "overcommit_ratio {ratio}: is negative"
+                )));
+            }
             Ok(Some(Request::PatchDomain(domain, patch)))
         }
         _ => Ok(None),

@@ -115,6 +115,7 @@ fn values_of_the_bodies_arrive() {
         ("SendCtrlAltDel", ActionType::SendCtrlAltDel),
         ("InstanceStop", ActionType::InstanceStop),
         ("FlushMetrics", ActionType::FlushMetrics),
+        ("MergeNow", ActionType::MergeNow),
     ] {
         let body = format!(r#"{{"action_type": "{name}"}}"#);
         let request = routed(&Method::PUT, "/vms/a/actions", &body).unwrap();
@@ -139,8 +140,34 @@ fn values_of_the_bodies_arrive() {
         run: Some(dedup::Run::Unmerge),
         pages_to_scan: Some(7),
         sleep_millisecs: Some(0),
+        ..MergePatch::default()
     };
     assert_eq!(patch, expected);
+}
+
+#[test]
+fn a_budget_that_is_null_is_told_from_one_that_is_absent() {
+    let patch = |body: &str| match routed(&Method::PATCH, "/merge/ci", body).unwrap() {
+        Request::PatchDomain(_, patch) => (patch.memory_budget, patch.overcommit_ratio),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(patch("{}"), (None, None));
+    let none = patch(r#"{"memory_budget": null, "overcommit_ratio": null}"#);
+    assert_eq!(none, (Some(None), Some(None)));
+    let some = patch(r#"{"memory_budget": 1048576, "overcommit_ratio": 2.5}"#);
+    assert_eq!(some, (Some(Some(1 << 20)), Some(Some(2.5))));
+    for body in [
+        r#"{"memory_budget": -1}"#,
+        r#"{"memory_budget": 1.5}"#,
+        r#"{"overcommit_ratio": -0.5}"#,
+        r#"{"overcommit_ratio": "2"}"#,
+    ] {
+        assert_eq!(
+            fault(&Method::PATCH, "/merge/ci", body).status,
+            StatusCode::BAD_REQUEST,
+            "{body}"
+        );
+    }
 }
 
 #[test]

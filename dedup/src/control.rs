@@ -3,6 +3,10 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::advisor::{Advisor, AdvisorMode, Spent, rest};
+use crate::shared::Batch;
 
 /// What the engine does, with KSM's three values of `run`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,11 +24,79 @@ pub enum Run {
 /// How fast the worker scans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pace {
-    /// Pages visited in a batch.
+    /// Pages visited in a batch. With an advisor, what it advised last.
     pub pages_to_scan: u32,
     /// Pause between two batches, in milliseconds. While passes change nothing it doubles, up to
     /// 64 times.
     pub sleep_millisecs: u32,
+    /// Highest share of one CPU for the worker, 1 to 100: pauses are made longer to keep it, with
+    /// an advisor or without. Not kept while somebody waits for full scans.
+    pub max_cpu_percent: u32,
+    /// Who says how many pages a batch has.
+    pub advisor_mode: AdvisorMode,
+    /// In this time the advisor has everything visited that is due, in milliseconds: what was
+    /// written to in regions with a [`DirtySource`](crate::DirtySource), all of any other. KSM's
+    /// `advisor_target_scan_time` is in seconds.
+    pub target_scan_time_ms: u32,
+    /// Fewest pages that the advisor may advise, as KSM's file of this name.
+    pub advisor_min_pages_to_scan: u32,
+    /// Most pages that the advisor may advise, as KSM's file of this name.
+    pub advisor_max_pages_to_scan: u32,
+}
+
+/// A pace that makes no sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum PaceError {
+    /// A batch without pages would never end a pass.
+    #[error("{0} 0: must be at least 1")]
+    NoPages(&'static str),
+    /// Not a share of one CPU.
+    #[error("max_cpu_percent {0}: must be 1 to 100")]
+    Cpu(u32),
+    /// No time.
+    #[error("target_scan_time_ms 0: must be at least 1")]
+    NoTime,
+    /// Bounds that leave nothing between them.
+    #[error("advisor_min_pages_to_scan {min}: is above advisor_max_pages_to_scan {max}")]
+    Bounds {
+        /// The lower one.
+        min: u32,
+        /// The upper one.
+        max: u32,
+    },
+}
+
+impl Pace {
+    /// Checks the limits.
+    ///
+    /// # Errors
+    /// [`PaceError`] for the first value that is out of them.
+    pub fn validate(&self) -> Result<(), PaceError> {
+        let (min, max) = (
+            self.advisor_min_pages_to_scan,
+            self.advisor_max_pages_to_scan,
+        );
+        if self.pages_to_scan == 0 {
+            return Err(PaceError::NoPages("pages_to_scan"));
+        }
+        if min == 0 {
+            return Err(PaceError::NoPages("advisor_min_pages_to_scan"));
+        }
+        if !(1..=100).contains(&self.max_cpu_percent) {
+            return Err(PaceError::Cpu(self.max_cpu_percent));
+        }
+        if self.target_scan_time_ms == 0 {
+            return Err(PaceError::NoTime);
+        }
+        if min > max {
+            return Err(PaceError::Bounds { min, max });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn cpu_percent(&self) -> u32 {
+        self.max_cpu_percent.clamp(1, 100)
+    }
 }
 
 impl Default for Pace {
@@ -34,6 +106,11 @@ impl Default for Pace {
         Pace {
             pages_to_scan: 2048,
             sleep_millisecs: 10,
+            max_cpu_percent: 100,
+            advisor_mode: AdvisorMode::None,
+            target_scan_time_ms: 1000,
+            advisor_min_pages_to_scan: 500,
+            advisor_max_pages_to_scan: 30_000,
         }
     }
 }
@@ -54,9 +131,16 @@ pub(crate) struct Control {
     pub(crate) reap: bool,
     /// Callers who wait for passes; the worker does not pause while there are any.
     pub(crate) waiters: u32,
+    /// Memory is short: no pauses while passes still change something.
+    pub(crate) hurry: bool,
     /// Passes ended since the engine was made.
     pub(crate) passes: u64,
+    /// CPU time that the worker has taken.
+    pub(crate) worker_cpu: Duration,
     idle_level: u32,
+    advisor: Advisor,
+    /// CPU time of the last batch.
+    batch_cpu: Duration,
 }
 
 impl Control {
@@ -68,19 +152,46 @@ impl Control {
             kicked: false,
             reap: false,
             waiters: 0,
+            hurry: false,
             passes: 0,
+            worker_cpu: Duration::ZERO,
             idle_level: 0,
+            advisor: Advisor::default(),
+            batch_cpu: Duration::ZERO,
+        }
+    }
+
+    /// Changes the pace. Without the advisor, what it advised last makes no sense any more: as
+    /// with KSM the pages of a batch are then the default, unless they come with the change.
+    pub(crate) fn set_pace(&mut self, pace: Pace) {
+        let was_advised = self.pace.advisor_mode == AdvisorMode::ScanTime
+            && self.pace.pages_to_scan == pace.pages_to_scan;
+        self.pace = pace;
+        if was_advised && pace.advisor_mode == AdvisorMode::None {
+            self.pace.pages_to_scan = Pace::default().pages_to_scan;
         }
     }
 
     /// Takes note of a batch: a pass that changed nothing makes the next pauses longer.
-    pub(crate) fn note_batch(&mut self, passes: u64, changes: u64) {
-        self.passes += passes;
-        if changes > 0 {
+    pub(crate) fn note_batch(&mut self, batch: &Batch, spent: Spent) {
+        self.passes += batch.passes;
+        if batch.changes > 0 {
             self.idle_level = 0;
-        } else if passes > 0 {
+        } else if batch.passes > 0 {
             self.idle_level = (self.idle_level + 1).min(IDLE_LEVEL_MAX);
         }
+        self.worker_cpu += spent.cpu;
+        self.batch_cpu = spent.cpu;
+        self.advisor
+            .note_batch(batch.pages, spent, batch.passes > 0);
+        if self.pace.advisor_mode == AdvisorMode::ScanTime {
+            self.pace.pages_to_scan = self.advisor.pages_to_scan(&self.pace, batch.due_pages);
+        }
+    }
+
+    /// Takes note of how long the worker has paused.
+    pub(crate) fn note_pause(&mut self, pause: Duration) {
+        self.advisor.note_pause(pause);
     }
 
     /// Ends the quiet of [`Control::note_batch`].
@@ -90,13 +201,14 @@ impl Control {
 
     /// How long to pause now.
     pub(crate) fn pause(&self) -> Duration {
-        if self.waiters > 0 {
+        if self.waiters > 0 || (self.hurry && self.idle_level == 0) {
             return Duration::ZERO;
         }
         // A pace without pauses still must not burn a core for nothing.
         let idle_millisecs = u32::from(self.idle_level > 0);
         let sleep_millisecs = self.pace.sleep_millisecs.max(idle_millisecs);
-        Duration::from_millis(u64::from(sleep_millisecs)) * (1 << self.idle_level)
+        let sleep = Duration::from_millis(u64::from(sleep_millisecs)) * (1 << self.idle_level);
+        sleep.max(rest(self.batch_cpu, self.pace.cpu_percent()))
     }
 }
 
@@ -104,33 +216,42 @@ impl Control {
 mod tests {
     use super::*;
 
+    fn note(control: &mut Control, passes: u64, changes: u64) {
+        let batch = Batch {
+            passes,
+            changes,
+            ..Batch::default()
+        };
+        control.note_batch(&batch, Spent::default());
+    }
+
     #[test]
     fn pauses_grow_while_nothing_changes_and_shrink_at_once() {
         let mut control = Control::new(Run::Merge, Pace::default());
         let short = control.pause();
         for _ in 0..20 {
-            control.note_batch(1, 0);
+            note(&mut control, 1, 0);
         }
         assert_eq!(control.pause(), short * 64);
-        control.note_batch(0, 0);
+        note(&mut control, 0, 0);
         assert_eq!(
             control.pause(),
             short * 64,
             "a batch inside a pass tells nothing"
         );
-        control.note_batch(1, 3);
+        note(&mut control, 1, 3);
         assert_eq!(control.pause(), short);
     }
 
     #[test]
     fn a_pace_without_pauses_pauses_when_nothing_changes() {
         let pace = Pace {
-            pages_to_scan: 1,
             sleep_millisecs: 0,
+            ..Pace::default()
         };
         let mut control = Control::new(Run::Merge, pace);
         assert_eq!(control.pause(), Duration::ZERO);
-        control.note_batch(1, 0);
+        note(&mut control, 1, 0);
         assert_eq!(control.pause(), Duration::from_millis(2));
     }
 
@@ -139,5 +260,72 @@ mod tests {
         let mut control = Control::new(Run::Merge, Pace::default());
         control.waiters = 1;
         assert_eq!(control.pause(), Duration::ZERO);
+    }
+
+    #[test]
+    fn pauses_keep_the_worker_within_its_share_of_a_cpu() {
+        let pace = Pace {
+            sleep_millisecs: 1,
+            max_cpu_percent: 20,
+            ..Pace::default()
+        };
+        let mut control = Control::new(Run::Merge, pace);
+        let time = Duration::from_millis(5);
+        let spent = Spent {
+            cpu: time,
+            wall: 2 * time,
+        };
+        control.note_batch(&Batch::default(), spent);
+        assert_eq!(control.pause(), Duration::from_millis(20));
+        assert_eq!(control.worker_cpu, time);
+    }
+
+    #[test]
+    fn an_advisor_sets_the_pages_of_a_batch_until_it_is_switched_off() {
+        let with_advisor = Pace {
+            advisor_mode: AdvisorMode::ScanTime,
+            ..Pace::default()
+        };
+        let mut control = Control::new(Run::Merge, with_advisor);
+        let batch = Batch {
+            due_pages: 1_000_000,
+            ..Batch::default()
+        };
+        control.note_batch(&batch, Spent::default());
+        assert_eq!(control.pace.pages_to_scan, 10_000);
+        let advisor_mode = AdvisorMode::None;
+        control.set_pace(Pace {
+            advisor_mode,
+            ..control.pace
+        });
+        assert_eq!(control.pace, Pace::default());
+    }
+
+    #[test]
+    fn a_pace_that_makes_no_sense_is_refused_with_the_value() {
+        let refused = |change: fn(&mut Pace)| {
+            let mut pace = Pace::default();
+            change(&mut pace);
+            pace.validate().unwrap_err()
+        };
+        Pace::default().validate().unwrap();
+        assert_eq!(
+            refused(|pace| pace.pages_to_scan = 0),
+            PaceError::NoPages("pages_to_scan")
+        );
+        assert_eq!(
+            refused(|pace| pace.max_cpu_percent = 101),
+            PaceError::Cpu(101)
+        );
+        assert_eq!(refused(|pace| pace.max_cpu_percent = 0), PaceError::Cpu(0));
+        assert_eq!(
+            refused(|pace| pace.target_scan_time_ms = 0),
+            PaceError::NoTime
+        );
+        let (min, max) = (500, 499);
+        assert_eq!(
+            refused(|pace| pace.advisor_max_pages_to_scan = 499),
+            PaceError::Bounds { min, max }
+        );
     }
 }

@@ -3,6 +3,9 @@
 use std::fmt::Debug;
 use std::io;
 
+use crate::backoff::Interval;
+use crate::item::PageState;
+use crate::items::Items;
 use crate::page::PageRange;
 
 const WORD_BITS: u32 = u64::BITS;
@@ -95,7 +98,7 @@ impl PageSet {
     }
 
     /// Bytes that the set takes.
-    pub(crate) fn metadata_bytes(&self) -> u64 {
+    fn metadata_bytes(&self) -> u64 {
         (self.words.len() * size_of::<u64>()) as u64
     }
 
@@ -120,14 +123,21 @@ pub trait DirtySource: Debug + Send + Sync + 'static {
     fn collect(&self, dirty: &mut PageSet) -> io::Result<()>;
 }
 
-/// A watched region's pages that are to be looked at.
+/// A watched region's pages that are to be looked at, now or later.
 #[derive(Debug)]
 pub(crate) struct Watch {
     /// Written to since the last look.
     pub(crate) dirty: PageSet,
     /// Not merged and not known to be alone: to be tried once they are calm.
     pub(crate) pending: PageSet,
+    /// Blocks of [`BLOCK_PAGES`] in which a page is put off, by its item's back-off.
+    waiting: PageSet,
+    /// When the first of them is due, or earlier.
+    next_due: Option<Interval>,
 }
+
+/// Pages of a block of [`Watch`]: a bit for each page would be more than the blocks' search costs.
+const BLOCK_PAGES: u32 = 64;
 
 impl Watch {
     /// Everything is to be looked at.
@@ -137,6 +147,61 @@ impl Watch {
         Watch {
             dirty: PageSet::new(pages),
             pending,
+            waiting: PageSet::new(pages.div_ceil(BLOCK_PAGES)),
+            next_due: None,
+        }
+    }
+
+    /// Bytes that the sets take.
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        [&self.dirty, &self.pending, &self.waiting]
+            .map(PageSet::metadata_bytes)
+            .iter()
+            .sum()
+    }
+
+    /// Pages to be looked at: dirty ones, and the others.
+    pub(crate) fn count(&self) -> (u32, u32) {
+        let words = self.dirty.words.iter().zip(&self.pending.words);
+        words.fold((0, 0), |(dirty, others), (now, later)| {
+            (
+                dirty + now.count_ones(),
+                others + (later & !now).count_ones(),
+            )
+        })
+    }
+
+    /// Has a volatile page looked at when it is due, and not before unless it is dirty again.
+    pub(crate) fn put_off(&mut self, page: u32, due: Interval) {
+        self.pending.remove(page);
+        self.waiting.insert(page / BLOCK_PAGES);
+        self.next_due = Some(self.next_due.map_or(due, |next| next.min(due)));
+    }
+
+    /// Has pages looked at that were put off until now; all of them if `hurried`.
+    pub(crate) fn release_due(&mut self, items: &Items, hurried: bool) {
+        let Some(next_due) = self.next_due else {
+            return;
+        };
+        if next_due > items.now && !hurried {
+            return;
+        }
+        self.next_due = None;
+        let blocks: Vec<u32> = self.waiting.iter_in(0..self.waiting.pages()).collect();
+        for block in blocks {
+            self.waiting.remove(block);
+            let first = block * BLOCK_PAGES;
+            for page in first..self.pending.pages().min(first + BLOCK_PAGES) {
+                let is_put_off = matches!(items.state(page), PageState::Volatile { .. });
+                if !is_put_off || self.pending.contains(page) {
+                    continue;
+                }
+                if hurried || items.backoff(page).is_due(items.now) {
+                    self.pending.insert(page);
+                } else {
+                    self.put_off(page, items.backoff(page).due(items.now));
+                }
+            }
         }
     }
 

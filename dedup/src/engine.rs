@@ -2,14 +2,17 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
 use crate::backing::linux::{LinuxMemory, LinuxPool, Userfaultfd};
+use crate::budget::{MemoryGauge, UNMERGE_PATIENCE};
 use crate::control::{Control, Pace, Run};
 use crate::dirty::DirtySource;
 use crate::mapping::Mapping;
+use crate::merge_now::{MergeNowError, MergedNow};
+use crate::process_memory::ProcessMemory;
 use crate::region::{RegionId, RegionRef};
 use crate::scanner::Scanner;
 use crate::shared::{ExitPath, Shared};
@@ -32,6 +35,8 @@ pub struct Settings {
     /// Of a huge page's 512 pages, how many must be worth merging before it is split for them;
     /// `None` for half of it. 1 splits for any page, as kernel KSM does; 513 never.
     pub huge_page_shared_pages_min: Option<u32>,
+    /// Memory that the domain may take; `None` for no budget of its own.
+    pub memory_budget_bytes: Option<u64>,
 }
 
 /// Why the engine could not do what it was asked.
@@ -64,6 +69,7 @@ pub struct Engine {
     _worker: Worker<Scanner<LinuxMemory>>,
     shared: Arc<Shared<Scanner<LinuxMemory>>>,
     userfaultfd: Arc<Userfaultfd>,
+    memory: Arc<ProcessMemory>,
 }
 
 impl Engine {
@@ -76,16 +82,20 @@ impl Engine {
         let pool = LinuxPool::new().map_err(EngineError::Pool)?;
         let vma_budget = settings.vma_budget.unwrap_or_else(default_vma_budget);
         let control = Control::new(settings.run, settings.pace);
+        let memory = Arc::new(ProcessMemory::open(&pool).map_err(EngineError::Pool)?);
         let mut scanner = Scanner::new(pool, vma_budget);
         if let Some(pages) = settings.huge_page_shared_pages_min {
             scanner.huge_page_shared_pages_min = pages;
         }
         let shared = Arc::new(Shared::new(scanner, control));
+        shared.budget.set_gauge(memory.clone());
+        shared.budget.set_bytes(settings.memory_budget_bytes);
         let worker = Worker::spawn(&shared).map_err(EngineError::Worker)?;
         Ok(Engine {
             _worker: worker,
             shared,
             userfaultfd,
+            memory,
         })
     }
 
@@ -146,15 +156,66 @@ impl Engine {
         sync::lock(&self.shared.control).pace
     }
 
-    /// Changes how fast the worker scans, from the next batch on.
+    /// Changes how fast the worker scans, from the next batch on. What [`Pace::validate`] refuses
+    /// is taken as the nearest that it would not.
     pub fn set_pace(&self, pace: Pace) {
-        sync::lock(&self.shared.control).pace = pace;
+        sync::lock(&self.shared.control).set_pace(pace);
         self.shared.kick();
     }
 
     /// Counters of the domain as of the last batch.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
+    }
+
+    /// Changes the memory that the domain may take; `None` for no budget. Nothing is taken away by
+    /// a lower one: merging and unmerging keep to it from now on, and whoever made the engine sees
+    /// to the guests.
+    pub fn set_memory_budget(&self, budget_bytes: Option<u64>) {
+        self.shared.budget.set_bytes(budget_bytes);
+    }
+
+    /// The memory that the domain may take; `None` for no budget.
+    pub fn memory_budget_bytes(&self) -> Option<u64> {
+        self.shared.budget.bytes()
+    }
+
+    /// Asks `gauge` how much memory is left, from now on. Until then the budget is held against
+    /// all that the process has.
+    pub fn set_memory_gauge(&self, gauge: Arc<dyn MemoryGauge>) {
+        self.shared.budget.set_gauge(gauge);
+    }
+
+    /// What the process and the pool hold.
+    pub fn process_memory(&self) -> Arc<ProcessMemory> {
+        Arc::clone(&self.memory)
+    }
+
+    /// Changes how long an unmerge waits for memory before it fails; `None` for half a second.
+    pub fn set_unmerge_patience(&self, patience: Option<Duration>) {
+        let patience = patience.unwrap_or(UNMERGE_PATIENCE);
+        self.shared.budget.set_patience(patience);
+    }
+
+    /// Memory that an unmerge waits for; 0 when none does.
+    pub fn memory_waited_for_bytes(&self) -> u64 {
+        self.shared.budget.waiting_bytes()
+    }
+
+    /// Tells that memory was given back, to an unmerge that may be waiting for it.
+    pub fn memory_given_back(&self) {
+        self.shared.budget.wake();
+    }
+
+    /// Has the worker make no pauses while there is something to merge: memory is short.
+    pub fn set_hurry(&self, hurry: bool) {
+        let mut control = sync::lock(&self.shared.control);
+        if control.hurry == hurry {
+            return;
+        }
+        control.hurry = hurry;
+        drop(control);
+        self.shared.kick();
     }
 
     /// Waits until all memory was scanned `more` times from its beginning. The worker does not
@@ -187,10 +248,47 @@ impl RegionHandle {
         *sync::lock(&self.region.stats)
     }
 
+    /// As [`RegionMerger::merge_now`].
+    ///
+    /// # Errors
+    /// [`MergeNowError`].
+    pub fn merge_now(&self) -> Result<MergedNow, MergeNowError> {
+        self.merger().merge_now()
+    }
+
+    /// Something to call [`RegionMerger::merge_now`] on without holding on to the handle.
+    pub fn merger(&self) -> RegionMerger {
+        RegionMerger {
+            shared: Arc::clone(&self.shared),
+            region: RegionRef::clone(&self.region),
+        }
+    }
+
     /// Gives the region's memory back and takes it off the engine. vCPUs and devices of the VM
     /// have stopped, and nobody else uses the mapping. Waits for one window at most.
     pub fn exit(self) -> ExitPath {
         self.shared.exit(&self.region)
+    }
+}
+
+/// Merges one region on demand. The region may leave meanwhile; its addresses stay reserved as
+/// long as this is there, so it is not for keeping.
+#[derive(Debug)]
+pub struct RegionMerger {
+    shared: Arc<Shared<Scanner<LinuxMemory>>>,
+    region: RegionRef<LinuxMemory>,
+}
+
+impl RegionMerger {
+    /// Scans the region at once, on the caller's thread, and returns when all of it that has an
+    /// equal somewhere is merged. Calm intervals and back-off are not waited for: what is written
+    /// to during the scan is left to the worker. An exit waits for one window of it at most.
+    ///
+    /// # Errors
+    /// [`MergeNowError`] if the region is leaving or the engine is told not to merge. What was
+    /// merged by then stays merged.
+    pub fn merge_now(&self) -> Result<MergedNow, MergeNowError> {
+        self.shared.merge_now(&self.region)
     }
 }
 

@@ -26,6 +26,15 @@ impl<B: Backing> Scanner<B> {
             return Ok(());
         }
         let id = inside.region.id();
+        // Before anybody is made to wait for us. What the budget has no room for is tried later.
+        let (_reserved, granted) = self.budget.reserve_for_merge(run_len(run));
+        let (run, put_off) = run.split_at(granted as usize);
+        for pair in put_off {
+            self.keep_candidate(id, pair.page, pair.fingerprint);
+        }
+        if run.is_empty() {
+            return Ok(());
+        }
         let range = run[0].page..run[0].page + run_len(run);
         let remapped = self.items(id).any_in_pool_vma(&range);
         let mut own = Protected::new(inside.backing(), range, remapped)?;

@@ -12,9 +12,10 @@
 use std::io;
 
 use crate::backing::Backing;
+use crate::budget::bytes_of;
 use crate::huge::block_of;
 use crate::item::PageState;
-use crate::page::PageRange;
+use crate::page::{HUGE_PAGE_PAGES, PageRange};
 use crate::protected::Protected;
 use crate::region::Entered;
 use crate::scanner::Scanner;
@@ -40,6 +41,10 @@ impl<B: Backing> Scanner<B> {
         let vmas_min = self.heal_vmas_min;
         let items = self.items(inside.region.id());
         if !is_broken(items.vmas_in(&block), items.stable_in(&block), vmas_min) {
+            return;
+        }
+        // The copy is there before the old pages go. Healing is never worth a guest's end.
+        if !self.budget.has_room(bytes_of(HUGE_PAGE_PAGES)) {
             return;
         }
         if let Err(error) = self.rebuild(inside, block.clone()) {

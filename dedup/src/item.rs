@@ -1,5 +1,6 @@
 //! What the engine remembers of one guest page, in 8 bytes (KSM's `rmap_item` takes 64).
 
+use crate::backoff::{Backoff, Interval};
 use crate::page::PoolPage;
 
 const TAG_SHIFT: u32 = 61;
@@ -7,7 +8,9 @@ const VMA_START: u64 = 1 << 60;
 const POOL_VMA: u64 = 1 << 59;
 const POOL_SHIFT: u32 = 32;
 const POOL_MASK: u64 = (1 << 27) - 1;
-const CHECKSUM_MASK: u64 = 0xffff_ffff;
+const BACKOFF_SHIFT: u32 = 16;
+const BACKOFF_MASK: u64 = 0xffff;
+const CHECKSUM_MASK: u64 = 0xffff;
 
 /// Pages that the pool may hold at most: what an item's 27 bits can name (512 GiB).
 pub(crate) const POOL_PAGES_MAX: u32 = 1 << 27;
@@ -64,8 +67,34 @@ impl Item {
             PageState::Stable(page) => self.with_pool_page(Some(page)),
             _ => self,
         };
-        let mapping = mapped.0 & (VMA_START | POOL_VMA | POOL_MASK << POOL_SHIFT);
-        Item(mapping | tag << TAG_SHIFT | u64::from(checksum))
+        let rest = VMA_START | POOL_VMA | POOL_MASK << POOL_SHIFT | BACKOFF_MASK << BACKOFF_SHIFT;
+        Item(mapped.0 & rest | tag << TAG_SHIFT | u64::from(checksum) & CHECKSUM_MASK)
+    }
+
+    /// As [`Item::with_state`], at a moment: what the change says of how busy the page is.
+    pub(crate) fn with_state_at(self, state: PageState, now: Interval, worth: u16) -> Item {
+        use PageState::{Stable, Unshared, Untracked, Volatile, Zero};
+        let before = self.backoff();
+        let after = match (self.state(), state) {
+            (_, Untracked) => Backoff::default(),
+            (Stable(_) | Zero | Unshared { .. }, Volatile { .. }) => before.broken(now, worth),
+            (Untracked | Volatile { .. }, Volatile { .. }) => before.stirred(now),
+            // A partner that was taken for calm long ago is only now worth something.
+            (_, Stable(_) | Zero) => before.calmed(now),
+            (Unshared { .. }, Unshared { .. }) => before,
+            (_, Unshared { .. }) => before.calmed(now),
+        };
+        self.with_state(state).with_backoff(after)
+    }
+
+    pub(crate) fn backoff(self) -> Backoff {
+        let bits = self.0 >> BACKOFF_SHIFT & BACKOFF_MASK;
+        Backoff::from_bits(u16::try_from(bits).unwrap_or(u16::MAX))
+    }
+
+    pub(crate) fn with_backoff(self, backoff: Backoff) -> Item {
+        let rest = self.0 & !(BACKOFF_MASK << BACKOFF_SHIFT);
+        Item(rest | u64::from(backoff.bits()) << BACKOFF_SHIFT)
     }
 
     /// The page of the pool that the guest page is mapped to, written over or not.
@@ -107,8 +136,8 @@ mod tests {
     fn state() -> impl Strategy<Value = PageState> {
         prop_oneof![
             Just(PageState::Untracked),
-            any::<u32>().prop_map(|checksum| PageState::Volatile { checksum }),
-            any::<u32>().prop_map(|checksum| PageState::Unshared { checksum }),
+            (0..1u32 << 16).prop_map(|checksum| PageState::Volatile { checksum }),
+            (0..1u32 << 16).prop_map(|checksum| PageState::Unshared { checksum }),
             Just(PageState::Zero),
             (0..POOL_PAGES_MAX).prop_map(|page| PageState::Stable(PoolPage(page))),
         ]
@@ -121,12 +150,16 @@ mod tests {
             second in state(),
             under in proptest::option::of((0..POOL_PAGES_MAX).prop_map(PoolPage)),
             start: bool,
+            backoff: u16,
         ) {
+            let backoff = Backoff::from_bits(backoff);
             let item = Item::default().with_state(first).with_vma_start(start);
+            let item = item.with_backoff(backoff);
             prop_assert_eq!(item.state(), first);
             let item = item.with_pool_page(under).with_state(second);
             prop_assert_eq!(item.state(), second);
             prop_assert_eq!(item.starts_vma(), start);
+            prop_assert_eq!(item.backoff(), backoff);
             let expected = match second {
                 PageState::Stable(page) => Some(page),
                 _ => under,

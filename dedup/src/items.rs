@@ -1,5 +1,6 @@
 //! A region's items: one per page, with the counts that the statistics need kept beside them.
 
+use crate::backoff::{Backoff, Interval};
 use crate::item::{Item, PageState};
 use crate::page::{PageRange, PoolPage};
 
@@ -30,6 +31,10 @@ pub(crate) struct Items {
     items: Vec<Item>,
     counts: StateCounts,
     vmas: u32,
+    /// When state changes happen.
+    pub(crate) now: Interval,
+    /// Intervals that a merge must last.
+    pub(crate) worth: u16,
 }
 
 impl Items {
@@ -43,6 +48,8 @@ impl Items {
             items,
             counts: StateCounts::default(),
             vmas: 1,
+            now: Interval::default(),
+            worth: 0,
         }
     }
 
@@ -87,7 +94,16 @@ impl Items {
         if let Some(count) = self.counts.of(state) {
             *count += 1;
         }
-        *item = item.with_state(state);
+        *item = item.with_state_at(state, self.now, self.worth);
+    }
+
+    pub(crate) fn backoff(&self, page: u32) -> Backoff {
+        self.items[page as usize].backoff()
+    }
+
+    pub(crate) fn set_backoff(&mut self, page: u32, backoff: Backoff) {
+        let item = &mut self.items[page as usize];
+        *item = item.with_backoff(backoff);
     }
 
     /// VMAs that begin in a range.

@@ -33,15 +33,20 @@
 //! | `ring` | slots and cursor | pure |
 //! | `region` | a region, its lock, its `exiting` flag | locks |
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
+//! | `advisor` | [`AdvisorMode`]: pages of a batch, rest after it | pure |
 //! | `scanner` | what the worker mutex guards | state |
 //! | `visit`, `watched` | one window: what changed, what to merge | policy |
+//! | `backoff` | how long a busy page is left alone | pure |
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
 //! | `heal` | mappings that are not worth it any more | policy |
 //! | `huge` | which huge pages are split | policy |
 //! | `places` | guesses: what was shared where | pure |
+//! | `merge_now` | one region at once, on its caller's thread | protocol |
 //! | `unmerge` | private copies for all | mechanism |
+//! | `budget` | [`MemoryGauge`]; what is promised of the memory that is left | locks |
+//! | `process_memory` | [`ProcessMemory`]: what the process and the pool hold | system calls |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
 //! | `stable`, `pool_map` | stable pages, free pool pages | pure |
 //! | `fingerprint`, `keyed` | hash and zero test; maps by hash | pure |
@@ -50,27 +55,34 @@
 //! | `mapping` | reserved ranges | system calls |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
+//! | `fault` | faults on demand, for tests | thin |
+//! | `stopwatch` | what a batch takes | thin |
 //! | `sync` | locks and what poison means | thin |
 //!
 //! # Locks
 //! Total order, outermost first; a thread may skip locks but never go back:
-//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, or an order to stop, which
-//!    waits for those. Exits never take it.
+//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, a window of a `merge now`,
+//!    or an order to stop, which waits for those. Exits never take it.
 //! 2. *region locks* (`Region::lock`), for reading by the holder of 1, at most two at a time and
 //!    never one twice; for writing by the exit path, which holds nothing else.
 //! 3. the *control lock* (`Shared::control`): orders to the worker.
 //! 4. the *ring lock* (`Shared::ring`): slots and cursor. Never held over work.
-//! 5. leaves: `Shared::published`, `Region::stats`.
+//! 5. leaves: `Shared::published`, `Region::stats`, `Budget::state`. An unmerge waits for memory
+//!    with 1 and 2 held, and lets go of both when the region exits or an order comes.
 //!
 //! A region's last reference is never dropped under 2, 4 or 5.
 //!
 //! `shared::models` runs all of this under loom, with every mistake that `mutant` names; the table
 //! of invariants is in ARCHITECTURE.md, section 4.
 
+mod advisor;
 mod backing;
+mod backoff;
+mod budget;
 mod control;
 mod dirty;
 mod engine;
+mod fault;
 mod fingerprint;
 mod found;
 mod heal;
@@ -84,10 +96,12 @@ mod keyed;
 )]
 mod mapping;
 mod merge;
+mod merge_now;
 mod mutant;
 mod page;
 mod places;
 mod pool_map;
+mod process_memory;
 mod protected;
 #[expect(unsafe_code, reason = "loads from memory that others write to")]
 mod racing;
@@ -98,6 +112,7 @@ mod share;
 mod shared;
 mod stable;
 mod stats;
+mod stopwatch;
 mod sync;
 mod unmerge;
 mod unstable;
@@ -106,11 +121,15 @@ mod watched;
 mod work;
 mod worker;
 
-pub use control::{Pace, Run};
+pub use advisor::AdvisorMode;
+pub use budget::MemoryGauge;
+pub use control::{Pace, PaceError, Run};
 pub use dirty::{DirtySource, PageSet};
-pub use engine::{Engine, EngineError, RegionHandle, Settings};
+pub use engine::{Engine, EngineError, RegionHandle, RegionMerger, Settings};
 pub use mapping::{Mapping, MappingError};
+pub use merge_now::{MergeNowError, MergedNow};
 pub use page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
+pub use process_memory::ProcessMemory;
 pub use region::RegionId;
 pub use shared::ExitPath;
 pub use stats::{RegionStats, Stats};

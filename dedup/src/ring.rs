@@ -89,6 +89,13 @@ impl<R> Ring<R> {
         Some((slot.id, Arc::clone(&slot.region), page))
     }
 
+    /// Has a slot count as one with items, for somebody who is about to attach some without being
+    /// the cursor's owner. False if it is not linked any more.
+    pub(crate) fn mark_items(&mut self, id: RegionId) -> bool {
+        let slot = self.slots.iter_mut().find(|slot| slot.id == id);
+        slot.map(|slot| slot.has_items = true).is_some()
+    }
+
     /// Moves the cursor to `page` of the slot it is on.
     pub(crate) fn advance_page(&mut self, page: u32) {
         self.page = page;

@@ -1,6 +1,11 @@
 //! What the holder of the worker mutex owns: items, stable pages, unstable candidates, counters.
 
+use std::sync::Arc as StdArc;
+use std::time::Instant;
+
 use crate::backing::{Backing, Pool};
+use crate::backoff::{INTERVAL, Intervals};
+use crate::budget::Budget;
 use crate::dirty::{PageSet, Watch};
 use crate::heal::HEAL_VMAS_MIN;
 use crate::huge::HUGE_PAGE_SHARED_PAGES_MIN;
@@ -22,13 +27,13 @@ pub(crate) struct Attached<B> {
     pub(crate) items: Items,
     /// For a region whose dirty pages somebody can tell.
     pub(crate) watch: Option<Watch>,
+    /// Pages that a pass has to visit here, as the last one knew when it began.
+    pub(crate) due_pages: u32,
 }
 
 impl<B> Attached<B> {
     fn metadata_bytes(&self) -> u64 {
-        let watch = self.watch.as_ref().map_or(0, |watch| {
-            watch.dirty.metadata_bytes() + watch.pending.metadata_bytes()
-        });
+        let watch = self.watch.as_ref().map_or(0, Watch::metadata_bytes);
         self.items.metadata_bytes() + watch
     }
 }
@@ -37,6 +42,8 @@ impl<B> Attached<B> {
 #[derive(Debug)]
 pub(crate) struct Scanner<B: Backing> {
     pub(crate) pool: B::Pool,
+    /// What may be allocated.
+    pub(crate) budget: StdArc<Budget>,
     pub(crate) stable: StablePages,
     pub(crate) unstable: Unstable,
     attached: RegionMap<Attached<B>>,
@@ -44,6 +51,10 @@ pub(crate) struct Scanner<B: Backing> {
     vma_budget: u64,
     pages_over_vma_budget: u64,
     pub(crate) pages_scanned: u64,
+    pub(crate) pages_skipped: u64,
+    pub(crate) intervals: Intervals,
+    /// Somebody waits for full scans: pages are not put off.
+    pub(crate) hurried: bool,
     pub(crate) full_scans: u64,
     /// Shareable pages of a huge page from which on it is split.
     pub(crate) huge_page_shared_pages_min: u32,
@@ -61,6 +72,7 @@ impl<B: Backing> Scanner<B> {
     pub(crate) fn new(pool: B::Pool, vma_budget: u32) -> Scanner<B> {
         Scanner {
             pool,
+            budget: Budget::new(),
             stable: StablePages::new(),
             unstable: Unstable::default(),
             attached: RegionMap::default(),
@@ -68,6 +80,9 @@ impl<B: Backing> Scanner<B> {
             vma_budget: u64::from(vma_budget),
             pages_over_vma_budget: 0,
             pages_scanned: 0,
+            pages_skipped: 0,
+            intervals: Intervals::new(INTERVAL, Instant::now()),
+            hurried: false,
             full_scans: 0,
             huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
             heal_vmas_min: HEAL_VMAS_MIN,
@@ -90,6 +105,7 @@ impl<B: Backing> Scanner<B> {
                 region: Arc::clone(region),
                 items,
                 watch,
+                due_pages: region.backing().pages(),
             }
         });
     }
@@ -161,6 +177,16 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
+    pub(crate) fn attached(&mut self, id: RegionId) -> Option<&mut Attached<B>> {
+        self.attached.get_mut(&id)
+    }
+
+    /// Pages that a pass has to visit.
+    pub(crate) fn due_pages(&self) -> u64 {
+        let due_pages = |attached: &Attached<B>| u64::from(attached.due_pages);
+        self.attached.values().map(due_pages).sum()
+    }
+
     /// The items of a region that is attached.
     ///
     /// # Panics
@@ -182,6 +208,7 @@ impl<B: Backing> Scanner<B> {
             })
         });
         self.full_scans += 1;
+        self.intervals.end_pass(Instant::now());
     }
 
     /// Punches dead stable pages out of the pool.
@@ -264,6 +291,7 @@ impl<B: Backing> Scanner<B> {
             // Saturating: a batch that panicked may have left founded pages without sharers.
             pages_sharing: (self.stable.sharers()).saturating_sub(self.stable.shared_pages()),
             pages_scanned: self.pages_scanned,
+            pages_skipped: self.pages_skipped,
             full_scans: self.full_scans,
             pages_over_vma_budget: self.pages_over_vma_budget,
             vmas: self.vmas,

@@ -1,20 +1,23 @@
 //! The protocol between the worker, exits, unmerge and registration, over any memory.
 
 use std::io;
+use std::sync::Arc as StdArc;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
+use crate::budget::Budget;
 use crate::control::{Control, Run};
 use crate::dirty::DirtySource;
 use crate::mutant::{self, Mutant};
 use crate::region::{Region, RegionId};
 use crate::ring::{Ring, Unlinked};
 use crate::stats::Stats;
-use crate::sync::{self, Arc, Condvar, Mutex, Ordering};
+use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, Ordering};
 use crate::work::Work;
 
-/// What it costs a batch to finish an exited region, in pages: its items are dropped one by one.
-const FINISHED_PAGES: u32 = 8;
+/// What a step costs a batch at least, in pages: a window without a page in memory takes a system
+/// call, and a region that exited has items to be dropped.
+const STEP_PAGES_MIN: u32 = 8;
 
 /// How a region left its engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,10 @@ pub(crate) struct Batch {
     pub(crate) passes: u64,
     /// State changes seen in the passes that ended.
     pub(crate) changes: u64,
+    /// Pages visited.
+    pub(crate) pages: u64,
+    /// Pages that a pass has to visit, as far as it is known.
+    pub(crate) due_pages: u64,
 }
 
 /// Everything that the engine's threads share. Lock order: see the crate's documentation.
@@ -42,6 +49,7 @@ pub(crate) struct Shared<W: Work> {
     /// The ring lock: never held over work.
     ring: Mutex<Ring<Region<W::Memory>>>,
     pub(crate) control: Mutex<Control>,
+    pub(crate) budget: StdArc<Budget>,
     /// Wakes the worker.
     pub(crate) work: Condvar,
     published: Mutex<Stats>,
@@ -50,8 +58,9 @@ pub(crate) struct Shared<W: Work> {
 
 impl<W: Work> Shared<W> {
     pub(crate) fn new(scanner: W, control: Control) -> Shared<W> {
-        let stats = scanner.stats();
+        let (stats, budget) = (scanner.stats(), scanner.budget());
         Shared {
+            budget,
             scanner: Mutex::new(scanner),
             ring: Mutex::new(Ring::default()),
             control: Mutex::new(control),
@@ -90,6 +99,8 @@ impl<W: Work> Shared<W> {
         }
         // Step 1: give the memory back. The range stays reserved, pool references stay counted.
         W::free_all(region.backing());
+        // Whoever waits for memory inside now sees it, or sees the flag.
+        self.budget.wake();
         // Fast path: judged and unlinked in one ring-lock section.
         if self.try_finish(id) {
             return ExitPath::Fast;
@@ -136,14 +147,18 @@ impl<W: Work> Shared<W> {
     /// Scans until `pages` pages were visited, one pass is over, or `run` says stop.
     pub(crate) fn batch(&self, pages: u32) -> Batch {
         let mut scanner = sync::lock(&self.scanner);
+        // Lock order: worker mutex -> control.
+        scanner.set_hurried(sync::lock(&self.control).waiters > 0);
         let mut batch = Batch::default();
         let mut left = i64::from(pages);
         while left > 0 && batch.passes == 0 && sync::lock(&self.control).run == Run::Merge {
             let Some(visited) = self.step(&mut scanner, &mut batch) else {
                 break;
             };
-            left -= i64::from(visited);
+            batch.pages += u64::from(visited);
+            left -= i64::from(visited.max(STEP_PAGES_MIN));
         }
+        batch.due_pages = scanner.due_pages();
         self.publish(&scanner);
         batch
     }
@@ -159,7 +174,7 @@ impl<W: Work> Shared<W> {
             if ended {
                 end_pass(scanner, batch);
             }
-            return Some(FINISHED_PAGES);
+            return Some(0);
         };
         scanner.attach(&region);
         let visited = scanner.visit(&inside, page);
@@ -209,6 +224,8 @@ impl<W: Work> Shared<W> {
             }
             control.run = run;
         }
+        // An unmerge that waits for memory waits for an order that is not given any more.
+        self.budget.cancel_waiters();
         self.kick();
         match run {
             Run::Merge => return Ok(()),
@@ -265,8 +282,10 @@ impl<W: Work> Shared<W> {
     /// Counters as of the last batch.
     pub(crate) fn stats(&self) -> Stats {
         let slots = sync::lock(&self.ring).len() as u64;
+        let worker_cpu = sync::lock(&self.control).worker_cpu;
         Stats {
             slots,
+            worker_cpu_us: u64::try_from(worker_cpu.as_micros()).unwrap_or(u64::MAX),
             ..*sync::lock(&self.published)
         }
     }
@@ -298,7 +317,16 @@ impl<W: Work> Shared<W> {
         self.work.notify_all();
     }
 
-    fn publish(&self, scanner: &W) {
+    pub(crate) fn lock_scanner(&self) -> MutexGuard<'_, W> {
+        sync::lock(&self.scanner)
+    }
+
+    /// Has a linked slot count as one with items. False if it is not linked any more.
+    pub(crate) fn mark_items(&self, id: RegionId) -> bool {
+        sync::lock(&self.ring).mark_items(id)
+    }
+
+    pub(crate) fn publish(&self, scanner: &W) {
         *sync::lock(&self.published) = scanner.stats();
     }
 }

@@ -25,10 +25,14 @@ pub struct Stats {
     pub pages_zero: u64,
     /// Page visits since the engine was made.
     pub pages_scanned: u64,
+    /// Page visits put off because the page keeps changing, since the engine was made.
+    pub pages_skipped: u64,
     /// Times that every registered region was scanned; 0 again after an unmerge.
     pub full_scans: u64,
     /// Merges that were not made for want of VMAs, in pages.
     pub pages_over_vma_budget: u64,
+    /// CPU time that the worker has taken, in microseconds.
+    pub worker_cpu_us: u64,
     /// Registered regions, those still to be finished by the worker included.
     pub slots: u64,
     /// VMAs that registered regions take at most.

@@ -7,6 +7,7 @@
 use std::io;
 
 use crate::backing::Backing;
+use crate::budget::{Reservation, Shortage, bytes_of};
 use crate::item::PageState;
 use crate::page::{HUGE_PAGE_PAGES, PageRange};
 use crate::region::{Entered, RegionId};
@@ -47,6 +48,9 @@ impl<B: Backing> Scanner<B> {
                 next += 1;
             }
             if merged {
+                let Some(_reserved) = self.reserve_copies(inside, next - start)? else {
+                    return Ok(());
+                };
                 let unshared = inside.backing().unshare(start..next);
                 // How many got their copy before it failed, the pages themselves will tell.
                 if unshared.is_err() {
@@ -62,6 +66,23 @@ impl<B: Backing> Scanner<B> {
         Ok(())
     }
 
+    /// Reserves memory for private copies of `pages` pages, and may wait for it: what the exit of
+    /// a region gives back feeds it. `None` when that is the region in hand.
+    fn reserve_copies(
+        &mut self,
+        inside: &Entered<'_, B>,
+        pages: u32,
+    ) -> Result<Option<Reservation>, Shortage> {
+        if !self.budget.has_room(bytes_of(pages)) {
+            // What has lost its last sharer so far.
+            self.reclaim();
+        }
+        match self.budget.reserve(bytes_of(pages), || inside.is_exiting()) {
+            Err(Shortage::Cancelled) if inside.is_exiting() => Ok(None),
+            reserved => reserved.map(Some),
+        }
+    }
+
     fn forget_page(&mut self, id: RegionId, page: u32) {
         if let PageState::Stable(pool_page) = self.items(id).state(page) {
             self.stable.drop_sharer(pool_page);
@@ -72,3 +93,6 @@ impl<B: Backing> Scanner<B> {
             .for_each(|pending| pending.insert(page));
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -91,6 +91,10 @@ impl<B: Backing> Scanner<B> {
                         if inside.is_exiting() {
                             return Ok(visited);
                         }
+                        if self.is_put_off(inside.region.id(), page) {
+                            self.pages_skipped += 1;
+                            continue;
+                        }
                         self.visit_private(inside, page, plan);
                         visited += 1;
                     }
@@ -117,6 +121,14 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
+    /// Whether a page changed so often that it is not worth a visit in this pass.
+    fn is_put_off(&mut self, id: RegionId, page: u32) -> bool {
+        let hurried = self.hurried;
+        let items = self.items(id);
+        let is_volatile = matches!(items.state(page), PageState::Volatile { .. });
+        is_volatile && !hurried && !items.backoff(page).is_due(items.now)
+    }
+
     fn visit_private(&mut self, inside: &Entered<'_, B>, page: u32, plan: &mut Plan) {
         let id = inside.region.id();
         let (fingerprint, zero) = self.read_page(inside, page);
@@ -130,9 +142,14 @@ impl<B: Backing> Scanner<B> {
         };
         if !calm {
             self.unshared_by_guest(id, page);
-            self.items(id)
-                .set_state(page, PageState::Volatile { checksum });
-            self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
+            let items = self.items(id);
+            let backoff = items.backoff(page);
+            items.set_state(page, PageState::Volatile { checksum });
+            if matches!(before, PageState::Volatile { .. }) {
+                items.set_backoff(page, backoff.changed(items.now));
+            } else {
+                self.changes += 1;
+            }
             return;
         }
         self.changes += u64::from(!matches!(before, PageState::Unshared { .. }));

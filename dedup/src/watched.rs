@@ -3,16 +3,60 @@
 use std::io;
 
 use crate::backing::{Backing, Residency};
+use crate::backoff::{Interval, WORTH};
 use crate::item::PageState;
 use crate::page::PageRange;
-use crate::region::Entered;
+use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 use crate::visit::Plan;
 
+/// Dirty pages that cost as much as one that is read. Counted in full, they would fill batches
+/// with next to no work between the pauses: with eight busy guests a pass took so long that each
+/// page was written to in it, and none was ever found calm.
+const DIRTY_PER_READ: u32 = 16;
+
 impl<B: Backing> Scanner<B> {
-    /// Visits pages, each with whether it is dirty. A dirty page is not read: it is given an
-    /// interval to calm down. One that is not has been calm for an interval, is read once and
-    /// planned. Returns the pages visited.
+    /// Begins a pass over a region: learns what was written to, and what need not wait any more.
+    pub(crate) fn begin_region(&mut self, inside: &Entered<'_, B>) {
+        self.collect_dirty(inside);
+        let (interval, hurried) = (self.intervals.current(), self.hurried);
+        let pass = u32::try_from(self.full_scans & u64::from(u32::MAX)).unwrap_or(0);
+        let Some(attached) = self.attached(inside.region.id()) else {
+            return;
+        };
+        match &mut attached.watch {
+            Some(watch) => {
+                attached.items.now = interval;
+                attached.items.worth = WORTH;
+                watch.release_due(&attached.items, hurried);
+                let (dirty_pages, other_pages) = watch.count();
+                attached.due_pages = dirty_pages / DIRTY_PER_READ + other_pages;
+            }
+            None => attached.items.now = Interval(pass),
+        }
+    }
+
+    /// Has a page that was just written to tried once it is calm, by its back-off.
+    fn try_when_calm(&mut self, id: RegionId, page: u32) {
+        let hurried = self.hurried;
+        let Some(attached) = self.attached(id) else {
+            return;
+        };
+        let (backoff, now) = (attached.items.backoff(page), attached.items.now);
+        let Some(watch) = &mut attached.watch else {
+            return;
+        };
+        if hurried || backoff.wait() == 0 {
+            watch.pending.insert(page);
+        } else {
+            watch.put_off(page, backoff.due(now));
+            self.pages_skipped += 1;
+        }
+    }
+
+    /// Visits pages, each with whether it is dirty. A dirty page is not read: it is given time to
+    /// calm down, the more the busier it was. One that is not has had that time, is read once and
+    /// planned. Returns the pages read, to which dirty ones add a little.
     pub(crate) fn visit_watched(
         &mut self,
         inside: &Entered<'_, B>,
@@ -31,7 +75,9 @@ impl<B: Backing> Scanner<B> {
             return Err(error);
         }
         let mut found = found.into_iter().peekable();
+        let mut dirty_pages = 0;
         for &(page, dirty) in pages {
+            dirty_pages += u32::from(dirty);
             if inside.is_exiting() {
                 break;
             }
@@ -44,7 +90,8 @@ impl<B: Backing> Scanner<B> {
                 self.visit_calm(inside, page, residency, plan);
             }
         }
-        Ok(u32::try_from(pages.len()).unwrap_or(u32::MAX))
+        let read_pages = u32::try_from(pages.len()).unwrap_or(u32::MAX) - dirty_pages;
+        Ok(read_pages + dirty_pages / DIRTY_PER_READ)
     }
 
     fn visit_dirty(&mut self, inside: &Entered<'_, B>, page: u32, residency: Option<Residency>) {
@@ -56,9 +103,7 @@ impl<B: Backing> Scanner<B> {
                 self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
                 self.items(id)
                     .set_state(page, PageState::Volatile { checksum: 0 });
-                self.pending(id)
-                    .into_iter()
-                    .for_each(|pending| pending.insert(page));
+                self.try_when_calm(id, page);
             }
             // Swapped, or being moved: nobody can tell yet.
             Some(Residency::Swapped) => self.keep_dirty(id, page),

@@ -2,8 +2,10 @@
 //! a few lines in the models.
 
 use std::io;
+use std::sync::Arc as StdArc;
 
 use crate::backing::Backing;
+use crate::budget::Budget;
 use crate::page::{HUGE_PAGE_PAGES, range_pages};
 use crate::region::{Entered, Region, RegionId};
 use crate::scanner::Scanner;
@@ -17,7 +19,7 @@ const WINDOW_PAGES: u32 = HUGE_PAGE_PAGES;
 /// What a step came to.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Visited {
-    /// What it cost, in pages.
+    /// Pages visited.
     pub(crate) pages: u32,
     /// Where to go on in the same region; `None` when it is done for this pass.
     pub(crate) next: Option<u32>,
@@ -49,6 +51,15 @@ pub(crate) trait Work: std::fmt::Debug {
     /// # Errors
     /// When a copy can't be had. Pages not unmerged by then stay merged and accounted for.
     fn unmerge(&mut self, inside: &Entered<'_, Self::Memory>) -> io::Result<()>;
+
+    /// Told before a batch whether somebody waits for passes.
+    fn set_hurried(&mut self, hurried: bool);
+
+    /// Pages that a pass has to visit, as far as it is known.
+    fn due_pages(&self) -> u64;
+
+    /// What may be allocated.
+    fn budget(&self) -> StdArc<Budget>;
 
     /// Gives back stable pages that nobody shares any more.
     fn reclaim(&mut self);
@@ -85,7 +96,7 @@ impl<B: Backing + std::fmt::Debug> Work for Scanner<B> {
     fn visit(&mut self, inside: &Entered<'_, B>, page: u32) -> Visited {
         let (id, pages) = (inside.region.id(), inside.backing().pages());
         if page == 0 {
-            self.collect_dirty(inside);
+            self.begin_region(inside);
         }
         let start = self.next_to_visit(id, page).unwrap_or(pages);
         let window = start..pages.min((start / WINDOW_PAGES + 1) * WINDOW_PAGES);
@@ -96,14 +107,25 @@ impl<B: Backing + std::fmt::Debug> Work for Scanner<B> {
             full_pages
         });
         Visited {
-            // A window without a page in memory still takes a system call.
-            pages: visited.max(WINDOW_PAGES / 64),
+            pages: visited,
             next: (end < pages).then_some(end),
         }
     }
 
     fn unmerge(&mut self, inside: &Entered<'_, B>) -> io::Result<()> {
         self.unmerge_region(inside)
+    }
+
+    fn set_hurried(&mut self, hurried: bool) {
+        self.hurried = hurried;
+    }
+
+    fn due_pages(&self) -> u64 {
+        Scanner::due_pages(self)
+    }
+
+    fn budget(&self) -> StdArc<Budget> {
+        StdArc::clone(&self.budget)
     }
 
     fn reclaim(&mut self) {

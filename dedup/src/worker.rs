@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use crate::control::Run;
 use crate::shared::Shared;
+use crate::stopwatch::Stopwatch;
 use crate::sync;
 use crate::work::Work;
 
@@ -84,9 +85,11 @@ pub(crate) fn act<W: Work>(shared: &Shared<W>) -> bool {
         Next::Stop => return false,
         Next::Reap => shared.reap(),
         Next::Batch { pages } => {
+            let begun = Stopwatch::start();
             let batch = shared.batch(pages);
+            let spent = begun.spent();
             let mut control = sync::lock(&shared.control);
-            control.note_batch(batch.passes, batch.changes);
+            control.note_batch(&batch, spent);
             if batch.passes > 0 {
                 shared.work.notify_all();
             }
@@ -119,13 +122,15 @@ fn wait_for_work<W: Work>(shared: &Shared<W>) -> Next {
 /// Pauses as the pace says, unless something happens. False when the worker is to end.
 fn pause<W: Work>(shared: &Shared<W>) -> bool {
     let mut control = sync::lock(&shared.control);
-    let until = Instant::now() + control.pause();
+    let begun = Instant::now();
+    let until = begun + control.pause();
     while !control.kicked && !control.stop && control.waiters == 0 {
         let Some(left) = until.checked_duration_since(Instant::now()) else {
             break;
         };
         control = sync::wait_timeout(&shared.work, control, left);
     }
+    control.note_pause(begun.elapsed());
     if control.kicked {
         control.wake_up();
     }

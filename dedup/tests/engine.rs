@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use dedup::{
-    DirtySource, Engine, ExitPath, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf, PageSet,
+    DirtySource, Engine, ExitPath, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, Pace, PageBuf, PageSet,
     RegionHandle, Run, Settings, Stats,
 };
 
@@ -241,9 +241,10 @@ fn the_vma_budget_is_never_exceeded() {
 fn no_write_is_lost_while_pages_are_merged_and_unmerged_under_their_writers() {
     const PAGES: usize = 256;
     let engine = Engine::new(&Settings::default()).expect("this host has userfaultfd");
-    engine.set_pace(dedup::Pace {
+    engine.set_pace(Pace {
         pages_to_scan: 100_000,
         sleep_millisecs: 0,
+        ..Pace::default()
     });
     let regions: Vec<_> = (0..2).map(|_| Arc::new(region(&engine, PAGES))).collect();
     let stop = Arc::new(AtomicBool::new(false));
@@ -361,5 +362,39 @@ fn pages_that_move_down_under_their_own_entries_leave_no_writer_asleep() {
         });
         let woke = wrote.recv_timeout(Duration::from_secs(10));
         assert_eq!(woke, Ok(()), "the writer of page {page} sleeps");
+    }
+}
+
+#[test]
+fn a_worker_with_a_cap_takes_its_share_of_a_cpu_and_no_more() {
+    let pace = Pace {
+        pages_to_scan: 1000,
+        sleep_millisecs: 0,
+        max_cpu_percent: 10,
+        ..Pace::default()
+    };
+    let settings = Settings {
+        pace,
+        ..Settings::default()
+    };
+    let engine = Engine::new(&settings).expect("this host has userfaultfd");
+    // Nobody tells what was written, so each pass reads everything.
+    let region = region(&engine, 20_000);
+    fill(&region, 1..=20_000);
+    let cpu = || Duration::from_micros(engine.stats().worker_cpu_us);
+    let (begun, before) = (Instant::now(), cpu());
+    let enough = before + Duration::from_millis(30);
+    poll_until(|| cpu() >= enough);
+    // Time that the worker did not get makes it longer, never shorter.
+    let (wall, used) = (begun.elapsed(), cpu() - before);
+    assert!(used < wall / 6, "{used:?} of {wall:?}");
+}
+
+/// Returns once `condition` holds; a test that waits too long fails.
+fn poll_until(condition: impl Fn() -> bool) {
+    let deadline = deadline();
+    while !condition() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(2));
     }
 }

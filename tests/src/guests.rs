@@ -18,6 +18,7 @@ pub fn eager_monitor(domain: &str) -> Monitor {
     let pace = dedup::Pace {
         pages_to_scan: 4096,
         sleep_millisecs: 1,
+        ..dedup::Pace::default()
     };
     let settings = dedup::Settings {
         pace,

@@ -3,12 +3,14 @@
 //! | module | holds |
 //! |---|---|
 //! | [`binary`] | the `samepage` binary under test |
+//! | [`cgroup`] | a memory cgroup with a limit |
 //! | [`server`] | a server process that ends with its test |
 //! | [`guest_memory`] | guests' memory, read out of the server for an oracle |
 //! | [`guests`] | VMs in a monitor of the test's own process |
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`linux`] | the Linux guest and its console |
 //! | [`kvm`] | whether VMs can run here |
+//! | [`refusal`] | requests that the API must refuse |
 //! | [`tiny_kernel`] | guests of a few bytes |
 //! | [`proc`] | what a process holds: threads, descriptors, mappings, memfd pages |
 //! | [`wait`] | waiting for a condition, with a deadline |
@@ -17,12 +19,14 @@
 //! None.
 
 pub mod binary;
+pub mod cgroup;
 pub mod guest_memory;
 pub mod guests;
 pub mod http;
 pub mod kvm;
 pub mod linux;
 pub mod proc;
+pub mod refusal;
 pub mod server;
 pub mod tiny_kernel;
 pub mod wait;

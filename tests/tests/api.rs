@@ -4,14 +4,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use samepage::domain_name::DomainName;
-use samepage::front_door::FrontDoor;
-use samepage::reply::Reply;
-use samepage::request::Request;
 use samepage_tests::kvm;
+use samepage_tests::refusal::assert_refused;
 use samepage_tests::server::Server;
 use samepage_tests::wait::wait_until;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
 const STOP: &str = r#"{"action_type": "InstanceStop"}"#;
@@ -26,16 +23,6 @@ fn pageload(merge_domain: Option<&str>) -> String {
         "samepage": {"merge_domain": merge_domain},
     });
     config.to_string()
-}
-
-/// A request that must be refused: method, path, body, status, and what the fault must name.
-type Refusal<'a> = (&'a str, &'a str, &'a str, u16, &'a str);
-
-fn assert_refused(server: &Server, (method, path, body, status, named): Refusal<'_>) {
-    let reply = server.call(method, path, body);
-    let fault = reply.fault();
-    assert_eq!(reply.status, status, "{method} {path} {body}: {fault}");
-    assert!(fault.contains(named), "{method} {path} {body}: {fault}");
 }
 
 #[test]
@@ -334,74 +321,6 @@ fn failed_create_leaves_neither_vm_nor_domain() {
     assert_eq!(server.call("PUT", "/vms/a", config).status, 400);
     assert_eq!(server.call("GET", "/merge", "").json(), json!({}));
     server.done("PUT", "/vms/a", &pageload(None));
-}
-
-#[test]
-fn merge_settings_change_one_by_one() {
-    if !kvm::is_present() {
-        return;
-    }
-    let server = Server::start(&["--domain", "ci"]);
-    let domain = || server.call("GET", "/merge/ci", "").json();
-    let before = domain();
-    assert_eq!(before["run"], "merge");
-    server.done("PATCH", "/merge/ci", r#"{"run": "stop"}"#);
-    assert_eq!(domain()["run"], "stop");
-    assert_eq!(domain()["pages_to_scan"], before["pages_to_scan"]);
-    server.done("PATCH", "/merge/ci", r#"{"pages_to_scan": 77}"#);
-    assert_eq!(domain()["pages_to_scan"], 77);
-    assert_eq!(domain()["sleep_millisecs"], before["sleep_millisecs"]);
-    server.done(
-        "PATCH",
-        "/merge/ci",
-        r#"{"sleep_millisecs": 7, "run": "unmerge"}"#,
-    );
-    assert_eq!(domain()["sleep_millisecs"], 7);
-    assert_eq!(domain()["run"], "unmerge");
-    server.done("PATCH", "/merge/ci", "{}");
-    for counter in [
-        "pages_shared",
-        "pages_sharing",
-        "pages_zero",
-        "saved_bytes",
-        "full_scans",
-    ] {
-        assert!(domain()[counter].is_i64(), "{counter}");
-    }
-}
-
-/// Sets one field to each value in turn, and finds it there each time.
-fn set_again_and_again(door: &FrontDoor, field: &str) {
-    let name: DomainName = "ci".parse().expect("a name");
-    let ask = |request| door.handle(request).expect("an answer");
-    for value in 1..=5_000 {
-        let patch = serde_json::from_value(json!({ field: value })).expect("a patch");
-        ask(Request::PatchDomain(name.clone(), patch));
-        let Reply::Json(domain) = ask(Request::DescribeDomain(name.clone())) else {
-            panic!("no domain");
-        };
-        let domain: Value = serde_json::from_slice(&domain).expect("json");
-        assert_eq!(domain[field], value, "{field}");
-    }
-}
-
-#[test]
-fn merge_settings_that_are_changed_at_once_are_both_changed() {
-    if !kvm::is_present() {
-        return;
-    }
-    // Without a socket between: the moment in which one could be lost is short.
-    let door = FrontDoor::new(dedup::Settings {
-        run: dedup::Run::Stop,
-        ..dedup::Settings::default()
-    });
-    door.declare("ci".parse().unwrap()).unwrap();
-    std::thread::scope(|scope| {
-        for field in ["pages_to_scan", "sleep_millisecs"] {
-            let door = &door;
-            scope.spawn(move || set_again_and_again(door, field));
-        }
-    });
 }
 
 #[test]

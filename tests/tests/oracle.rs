@@ -67,6 +67,10 @@ fn verify_passes(server: &Server, vm: u64) -> u64 {
 
 /// Waits until the counters are those of a world that stands still.
 fn wait_for_scans(server: &Server, more: u64) -> Value {
+    // Pages that were busy are put off; nobody writes any more, so each of them has its turn.
+    wait_until("every page was found calm", PATIENCE, || {
+        number(&stats(server), "pages_volatile") == 0
+    });
     let target = number(&stats(server), "full_scans") + more;
     wait_until("the worker scanned all memory", PATIENCE, || {
         number(&stats(server), "full_scans") >= target

@@ -1,5 +1,6 @@
-//! Errors of the monitor's API, and the four kinds a front door needs to tell apart.
+//! Errors of the monitor's API, and the kinds a front door needs to tell apart.
 
+use crate::admission::NoRoom;
 use crate::config::ConfigError;
 use crate::id::VmId;
 use crate::start::StartError;
@@ -74,9 +75,30 @@ pub enum MonitorError {
         #[source]
         error: StartError,
     },
+    /// Starting the VM would promise more memory than its merge domain is to promise.
+    #[error("vm {id}: {error}")]
+    NoRoom {
+        /// The VM.
+        id: VmId,
+        /// What is missing.
+        #[source]
+        error: NoRoom,
+    },
     /// This VM has no keyboard controller that could deliver the keys.
     #[error("vm {0}: ctrl-alt-del needs a guest that listens to its keyboard controller")]
     NoKeyboard(VmId),
+    /// The VM keeps its memory to itself, so there is nothing to merge.
+    #[error("vm {0}: merge is false, its memory is not merged")]
+    NotMerged(VmId),
+    /// Its memory could not be merged now.
+    #[error("vm {id}: cannot merge now: {error}")]
+    MergeNow {
+        /// The VM.
+        id: VmId,
+        /// Why.
+        #[source]
+        error: dedup::MergeNowError,
+    },
     /// The host refused something the monitor itself needs.
     #[error("{what}: {error}")]
     Host {
@@ -95,6 +117,8 @@ pub enum ErrorKind {
     NotFound,
     /// The VM is not in a state that allows this.
     Conflict,
+    /// There is not enough memory for it now.
+    NoRoom,
     /// The request can never work as it is.
     InvalidInput,
     /// The host or the monitor failed.
@@ -112,10 +136,13 @@ impl MonitorError {
             | MonitorError::IllegalStep { .. }
             | MonitorError::NotRunning { .. }
             | MonitorError::Ending(_)
-            | MonitorError::NoKeyboard(_) => ErrorKind::Conflict,
+            | MonitorError::NoKeyboard(_)
+            | MonitorError::NotMerged(_)
+            | MonitorError::MergeNow { .. } => ErrorKind::Conflict,
             MonitorError::Config { .. } | MonitorError::WrongDomain { .. } => {
                 ErrorKind::InvalidInput
             }
+            MonitorError::NoRoom { .. } => ErrorKind::NoRoom,
             MonitorError::Start { error, .. } => error.kind(),
             MonitorError::Host { .. } => ErrorKind::Internal,
         }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::guard::gauge::Limit;
 use crate::id::{MergeDomain, VmId};
 use crate::state::VmState;
 
@@ -43,4 +44,32 @@ pub struct GuestReport {
     pub exception_vector: Option<u64>,
     /// Pages verified so far, over all passes.
     pub verified_pages: u64,
+}
+
+/// The memory of a merge domain at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryInfo {
+    /// What the domain may take, as it was set; `None` for no budget of its own.
+    pub budget_bytes: Option<u64>,
+    /// The nearest limit, be it the budget or a cgroup's; `None` where nothing limits.
+    pub limit_bytes: Option<u64>,
+    /// Which of the two that is.
+    pub limited_by: Option<Limit>,
+    /// In use, counted as that limit counts; without one, what the process and the pool hold.
+    pub use_bytes: u64,
+    /// What is left until the limit; `None` where nothing limits.
+    pub headroom_bytes: Option<u64>,
+    /// Use if every shared page were written to now, as far as the worker knows.
+    pub worst_case_bytes: u64,
+    /// Share of the last 10 s in percent that some task of the cgroup, or else of the host, waited
+    /// for memory (PSI).
+    pub pressure_percent: f64,
+    /// What the started VMs may come to hold.
+    pub nominal_bytes: u64,
+    /// How many times the limit may be promised to VMs; `None` for as often as one likes.
+    pub overcommit_ratio: Option<f64>,
+    /// Whether VMs are ended so that an unmerge fits.
+    pub unmerge_victims: bool,
+    /// VMs that the guard ended.
+    pub oom_victims: u64,
 }

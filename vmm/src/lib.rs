@@ -13,7 +13,10 @@
 //!   memory was handed over.
 //! - Every VM ends for exactly one [`EndReason`], the first that was found.
 //! - A panic in a vCPU thread or a device queue ends that VM and no other.
-//! - No thread polls: a halted vCPU sleeps in KVM, a paused one at its gate.
+//! - No thread polls but the guard, whose looks are as rare as the memory that is left allows: a
+//!   halted vCPU sleeps in KVM, a paused one at its gate.
+//! - A domain keeps within its memory: guests are held and a VM is ended before the kernel would
+//!   kill the monitor.
 //! - What a guest says is checked where it enters. What a user says is checked by
 //!   [`VmConfig::validate`], and errors name the field and the value.
 //! - Dropping the [`Monitor`] stops every VM and joins every thread.
@@ -25,6 +28,9 @@
 //! | `vm` | the record of one VM; every change of its state | locks |
 //! | [`state`] | states, end reasons, legal steps | pure |
 //! | `reaper` | takes ended VMs down | thread |
+//! | `guard` | keeps the domain within its memory | thread, pure policy |
+//! | [`admission`] | whether a VM may start | pure |
+//! | `roster` | the list of VMs | locks |
 //! | `machine` | a running VM: assembly and teardown, in order | mechanism |
 //! | `drives` | the configuration's drives as devices | mechanism |
 //! | [`start`] | the files of a configuration, loaded | files |
@@ -47,12 +53,13 @@
 //! | `v<n>:<vm>` | one for each vCPU | runs the guest, serves its register accesses | with its VM |
 //! | `events` | one | serves device queues | with the monitor |
 //! | `reaper` | one | takes ended VMs down | with the monitor |
+//! | `guard` | one | looks at memory, ends VMs when it runs out | first of the monitor |
 //! | the merge worker | one | see `dedup` | with the monitor's engine |
 //! | callers | any | requests to [`Monitor`] | |
 //!
 //! # Locks
 //! Total order, outermost first; a thread may skip locks but never go back:
-//! 1. the *list of VMs* (`Monitor::vms`): short; never held over a request to a VM, except to have
+//! 1. the *list of VMs* (`roster`): short; never held over a request to a VM, except to have
 //!    it forgotten.
 //! 2. the *cell* of a VM (`Vm::cell`): its state and its machine. Held while vCPUs come to stand
 //!    still, so no vCPU takes it before it has left its gate for good.
@@ -64,8 +71,12 @@
 //!    *console's log*: leaves. Tasks that wait for output are woken after it was released, but with
 //!    the serial port's held: their wakers must not wait.
 //!
+//! The guard's `ACTING` is taken before all of these and held while VMs end; the claims of starts
+//! (`Monitor::claims`) are taken before 1. The gauge's count is a leaf, which the engine also takes.
+//!
 //! The event loop is waited for (to remove a subscriber) with none of these held.
 
+pub mod admission;
 pub mod boot;
 pub mod bus;
 pub mod config;
@@ -74,6 +85,7 @@ mod device;
 mod drives;
 pub mod error;
 pub mod events;
+mod guard;
 pub mod id;
 pub mod info;
 mod kvm;
@@ -83,6 +95,7 @@ pub mod monitor;
 pub mod pageload;
 mod panics;
 mod reaper;
+mod roster;
 pub mod start;
 pub mod state;
 pub mod virtio;
@@ -91,7 +104,8 @@ mod vm;
 pub use config::VmConfig;
 pub use console::{Console, ConsoleRead, ConsoleReader};
 pub use error::{ErrorKind, MonitorError};
+pub use guard::gauge::Limit;
 pub use id::{MergeDomain, VmId};
-pub use info::{GuestReport, VmInfo};
+pub use info::{GuestReport, MemoryInfo, VmInfo};
 pub use monitor::Monitor;
 pub use state::{EndReason, VmState};

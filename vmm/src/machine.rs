@@ -31,7 +31,7 @@ use crate::start::{self, StartError};
 pub(crate) struct Host {
     pub(crate) kvm: Kvm,
     pub(crate) supported_cpuid: CpuId,
-    pub(crate) engine: Engine,
+    pub(crate) engine: Arc<Engine>,
     pub(crate) events: EventRemote,
 }
 
@@ -77,7 +77,7 @@ impl Machine {
         config: &VmConfig,
         outside: &Outside,
     ) -> Result<Machine, StartError> {
-        let engine = config.samepage.merge.then_some(&host.engine);
+        let engine = config.samepage.merge.then_some(&*host.engine);
         let huge_pages = config.machine_config.huge_pages;
         let ram = Ram::with_pages(config.mem_size_bytes(), huge_pages, engine)?;
         match assemble_over(host, config, outside, &ram) {
@@ -111,6 +111,16 @@ impl Machine {
         self.vcpus.wait_still();
     }
 
+    /// Stands the vCPUs still until it is taken back, paused or not, without waiting.
+    pub(crate) fn set_held(&self, held: bool) {
+        self.vcpus.set_held(held);
+    }
+
+    /// Memory that nobody shares with it.
+    pub(crate) fn private_bytes(&self) -> std::io::Result<u64> {
+        self.ram.private_bytes()
+    }
+
     /// Tells the vCPUs to leave, without waiting.
     pub(crate) fn begin_exit(&self) {
         self.vcpus.set(Order::Exit);
@@ -128,6 +138,11 @@ impl Machine {
     /// Counters of the merge engine.
     pub(crate) fn merge_stats(&self) -> RegionStats {
         self.ram.merge_stats()
+    }
+
+    /// What merges its memory on demand; `None` when it is not merged.
+    pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
+        self.ram.merger()
     }
 
     /// Takes the VM down. Nothing of it is left when this returns, and its memory was handed over.

@@ -1,30 +1,38 @@
 //! The monitor: the VMs of one merge domain.
 
-use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crate::admission::{Claims, Promise};
 use crate::config::VmConfig;
 use crate::console::Console;
 use crate::error::MonitorError;
 use crate::events::EventLoop;
+use crate::guard::{Guard, Watch};
 use crate::id::{MergeDomain, VmId};
-use crate::info::VmInfo;
+use crate::info::{MemoryInfo, VmInfo};
 use crate::machine::Host;
 use crate::reaper::Reaper;
+use crate::roster::Roster;
 use crate::start::{self, StartError};
-use crate::state::{EndReason, Step};
+use crate::state::{EndReason, Step, VmState};
 use crate::vm::{Corpse, Vm};
 
-/// One merge domain: its VMs, its merge engine, its event loop, its reaper.
+/// One merge domain: its VMs, its merge engine, its event loop, its reaper, its guard.
 ///
 /// All methods may be called from any thread. Dropping it stops every VM, joins every thread and
 /// gives back all memory.
 #[derive(Debug)]
 pub struct Monitor {
     domain: MergeDomain,
-    vms: Mutex<BTreeMap<VmId, Arc<Vm>>>,
+    vms: Arc<Roster>,
+    /// Starts under way, and what the domain may promise its VMs.
+    claims: Mutex<Claims>,
+    overcommit_ratio: Mutex<Option<f64>>,
+    /// `None` only while the monitor is being dropped: the guard is the first to go.
+    guard: Option<Guard>,
+    watch: Arc<Watch>,
     /// `None` only while the monitor is being dropped.
     to_reaper: Option<Sender<Corpse>>,
     reaper: Option<Reaper>,
@@ -55,11 +63,18 @@ impl Monitor {
     pub fn new(domain: MergeDomain, settings: dedup::Settings) -> Result<Monitor, MonitorError> {
         let (kvm, supported_cpuid) = Host::open_kvm().map_err(host_error("kvm"))?;
         let engine = dedup::Engine::new(&settings).map_err(host_error("merge engine"))?;
+        let (engine, vms) = (Arc::new(engine), Arc::new(Roster::default()));
         let events = EventLoop::new().map_err(host_error("event loop"))?;
         let (reaper, to_reaper) = Reaper::spawn().map_err(host_error("reaper thread"))?;
+        let watch = Watch::new(engine.clone(), vms.clone());
+        let guard = Guard::spawn(&watch).map_err(host_error("guard thread"))?;
         Ok(Monitor {
             domain,
-            vms: Mutex::default(),
+            vms,
+            claims: Mutex::default(),
+            overcommit_ratio: Mutex::default(),
+            guard: Some(guard),
+            watch,
             to_reaper: Some(to_reaper),
             reaper: Some(reaper),
             host: Host {
@@ -82,13 +97,10 @@ impl Monitor {
         &self.host.engine
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
-        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The VM's record. The list's lock is not held over what is done with it.
     fn find(&self, id: &VmId) -> Result<Arc<Vm>, MonitorError> {
-        self.lock()
+        self.vms
+            .lock()
             .get(id)
             .cloned()
             .ok_or_else(|| MonitorError::NotFound(id.clone()))
@@ -120,7 +132,7 @@ impl Monitor {
         let Some(to_reaper) = self.to_reaper.clone() else {
             return Err(MonitorError::NotFound(id));
         };
-        let mut vms = self.lock();
+        let mut vms = self.vms.lock();
         if vms.contains_key(&id) {
             return Err(MonitorError::DuplicateId(id));
         }
@@ -131,9 +143,107 @@ impl Monitor {
     /// Loads a VM's kernel and runs it. On failure the VM stays not started and nothing is left.
     ///
     /// # Errors
-    /// [`MonitorError::AlreadyStarted`] or [`MonitorError::Start`].
+    /// [`MonitorError::AlreadyStarted`], [`MonitorError::NoRoom`] or [`MonitorError::Start`].
     pub fn start(&self, id: &VmId) -> Result<(), MonitorError> {
-        self.find(id)?.start(&self.host)
+        let vm = self.find(id)?;
+        let _claim = self.claim(&vm)?;
+        let started = vm.start(&self.host);
+        // Memory that was far off a moment ago may be near now.
+        self.watch.ring();
+        started
+    }
+
+    /// Claims a VM's memory for its start, against the domain's overcommit ratio.
+    fn claim(&self, vm: &Arc<Vm>) -> Result<Claim<'_>, MonitorError> {
+        let mut claim = Claim {
+            claims: &self.claims,
+            id: None,
+        };
+        // A second start is refused as such.
+        if vm.state() != VmState::NotStarted {
+            return Ok(claim);
+        }
+        let promise = self.promise();
+        let vms = self.vms.all();
+        let started = vms
+            .iter()
+            .filter_map(|vm| Some((vm.id().clone(), vm.nominal_bytes()?)));
+        let wanted_bytes = vm.config().mem_size_bytes();
+        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        let claimed = claims.claim(vm.id(), wanted_bytes, started, promise);
+        drop(claims);
+        let id = vm.id().clone();
+        match claimed {
+            Ok(is_ours) => claim.id = is_ours.then_some(id),
+            Err(error) => return Err(MonitorError::NoRoom { id, error }),
+        }
+        Ok(claim)
+    }
+
+    fn promise(&self) -> Option<Promise> {
+        let budget_bytes = self.host.engine.memory_budget_bytes();
+        Some(Promise {
+            overcommit_ratio: self.overcommit_ratio()?,
+            budget_bytes: self.watch.gauge.limit_bytes(budget_bytes)?,
+        })
+    }
+
+    /// Changes the memory that the domain may take; `None` for no budget of its own. VMs are ended
+    /// if they hold more.
+    pub fn set_memory_budget(&self, budget_bytes: Option<u64>) {
+        self.host.engine.set_memory_budget(budget_bytes);
+        self.watch.ring();
+    }
+
+    /// Changes how many times the domain's limit may be promised to VMs; `None` for as often as one
+    /// likes. Counts for starts from now on.
+    pub fn set_overcommit_ratio(&self, ratio: Option<f64>) {
+        *self.ratio() = ratio;
+    }
+
+    /// How many times the domain's limit may be promised to VMs.
+    pub fn overcommit_ratio(&self) -> Option<f64> {
+        *self.ratio()
+    }
+
+    fn ratio(&self) -> MutexGuard<'_, Option<f64>> {
+        let ratio = self.overcommit_ratio.lock();
+        ratio.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes whether VMs are ended so that an unmerge fits (at first they are not).
+    pub fn set_unmerge_victims(&self, allowed: bool) {
+        self.watch.set_unmerge_victims(allowed);
+    }
+
+    /// The domain's memory: limits, use, and what it could come to.
+    pub fn memory(&self) -> MemoryInfo {
+        let (watch, engine) = (&self.watch, &self.host.engine);
+        let budget_bytes = engine.memory_budget_bytes();
+        if watch.gauge.wants_count() {
+            watch.count();
+        }
+        let nearest = watch.gauge.nearest(budget_bytes);
+        let use_bytes = match nearest {
+            Some((_, filled)) => filled.use_bytes,
+            None => watch.gauge.use_bytes(),
+        };
+        let stats = engine.stats();
+        let shared_pages = stats.pages_shared + stats.pages_sharing + stats.pages_zero;
+        let vms = self.vms.all();
+        MemoryInfo {
+            budget_bytes,
+            limit_bytes: nearest.map(|(_, filled)| filled.limit_bytes),
+            limited_by: nearest.map(|(limit, _)| limit),
+            use_bytes,
+            headroom_bytes: nearest.map(|(_, filled)| filled.headroom_bytes()),
+            worst_case_bytes: use_bytes + shared_pages * dedup::PAGE_SIZE_BYTES as u64,
+            pressure_percent: watch.gauge.pressure_percent(),
+            nominal_bytes: vms.iter().filter_map(|vm| vm.nominal_bytes()).sum(),
+            overcommit_ratio: self.overcommit_ratio(),
+            unmerge_victims: watch.unmerge_victims(),
+            oom_victims: watch.victims(),
+        }
     }
 
     /// Stands a VM's vCPUs still; returns when they do.
@@ -175,7 +285,7 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::StillRunning`].
     pub fn delete(&self, id: &VmId) -> Result<(), MonitorError> {
-        let mut vms = self.lock();
+        let mut vms = self.vms.lock();
         let vm = vms
             .get(id)
             .ok_or_else(|| MonitorError::NotFound(id.clone()))?;
@@ -189,7 +299,7 @@ impl Monitor {
 
     /// All VMs, ordered by id.
     pub fn list(&self) -> Vec<VmInfo> {
-        let vms: Vec<Arc<Vm>> = self.lock().values().cloned().collect();
+        let vms: Vec<Arc<Vm>> = self.vms.all();
         vms.iter().map(|vm| vm.info()).collect()
     }
 
@@ -217,6 +327,15 @@ impl Monitor {
         Ok(self.find(id)?.merge_stats())
     }
 
+    /// Merges a VM's memory now, on the caller's thread, and returns when that is done.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotRunning`], [`MonitorError::NotMerged`] when the VM keeps its memory to
+    /// itself, [`MonitorError::MergeNow`] when it ends meanwhile or the engine does not merge.
+    pub fn merge_now(&self, id: &VmId) -> Result<dedup::MergedNow, MonitorError> {
+        self.find(id)?.merge_now()
+    }
+
     /// A VM's console. It stays readable after the VM was deleted.
     ///
     /// # Errors
@@ -231,9 +350,25 @@ impl Monitor {
     }
 }
 
+/// A start under way; settled when dropped, however it went.
+struct Claim<'a> {
+    claims: &'a Mutex<Claims>,
+    id: Option<VmId>,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = &self.id {
+            let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+            claims.settle(id);
+        }
+    }
+}
+
 impl Drop for Monitor {
     fn drop(&mut self) {
-        let vms = std::mem::take(&mut *self.lock());
+        drop(self.guard.take());
+        let vms = std::mem::take(&mut *self.vms.lock());
         // All first, so that they go at the same time; then one after the other.
         vms.values().for_each(|vm| vm.end(EndReason::Stopped));
         for (id, vm) in vms {

@@ -47,6 +47,8 @@ pub enum EndReason {
     },
     /// The monitor could not go on with this VM.
     Error(String),
+    /// The guard ended it, so that its merge domain keeps within its memory.
+    OomVictim,
     /// The operator stopped it.
     Stopped,
 }
@@ -61,6 +63,7 @@ impl EndReason {
             EndReason::TripleFault => "triple_fault",
             EndReason::EmulationFailure { .. } => "emulation_failure",
             EndReason::Error(_) => "error",
+            EndReason::OomVictim => "oom_victim",
             EndReason::Stopped => "stopped",
         }
     }
@@ -81,6 +84,9 @@ impl fmt::Display for EndReason {
                 bytes.iter().try_for_each(|byte| write!(f, " {byte:02x}"))
             }
             EndReason::Error(text) => write!(f, "error: {text}"),
+            EndReason::OomVictim => {
+                f.write_str("ended by the guard: its merge domain ran out of memory")
+            }
             EndReason::Stopped => f.write_str("stopped by request"),
         }
     }
@@ -213,6 +219,8 @@ mod tests {
     fn names_on_the_wire_are_the_names_of_the_reasons() {
         let json = serde_json::to_string(&EndReason::GuestReset).unwrap();
         assert_eq!(json, format!("\"{}\"", EndReason::GuestReset.name()));
+        let json = serde_json::to_string(&EndReason::OomVictim).unwrap();
+        assert_eq!(json, format!("\"{}\"", EndReason::OomVictim.name()));
         let error = EndReason::Error("x".to_owned());
         assert_eq!(serde_json::to_string(&error).unwrap(), r#"{"error":"x"}"#);
     }

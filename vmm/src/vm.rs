@@ -8,12 +8,13 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
-use dedup::RegionStats;
+use dedup::{MergedNow, RegionStats};
 
 use crate::config::VmConfig;
 use crate::console::Console;
 use crate::device::report::ReportPort;
 use crate::error::MonitorError;
+use crate::guard::policy::Candidate;
 use crate::id::VmId;
 use crate::info::VmInfo;
 use crate::machine::{Host, Machine, Outside};
@@ -73,6 +74,10 @@ impl Vm {
         self.cell.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn id(&self) -> &VmId {
+        &self.id
+    }
+
     pub(crate) fn config(&self) -> &VmConfig {
         &self.config
     }
@@ -104,6 +109,60 @@ impl Vm {
             .as_ref()
             .map(Machine::merge_stats)
             .unwrap_or_default()
+    }
+
+    /// Memory that it shares with nobody; `None` if it has none.
+    pub(crate) fn private_bytes(&self) -> Option<u64> {
+        let private = self.lock().machine.as_ref()?.private_bytes();
+        private
+            .inspect_err(|error| log::warn!("vm {}: how much memory it has: {error}", self.id))
+            .ok()
+    }
+
+    /// Stands its guest still, or lets it go on, beside what a user says about it.
+    pub(crate) fn set_held(&self, held: bool) {
+        if let Some(machine) = &self.lock().machine {
+            machine.set_held(held);
+        }
+    }
+
+    /// Whether its end was found, and it has not ended yet.
+    pub(crate) fn is_ending(&self) -> bool {
+        let cell = self.lock();
+        cell.state.is_alive() && cell.machine.is_none()
+    }
+
+    /// What the guard judges it by; `None` if there is nothing to end.
+    pub(crate) fn candidate(&self) -> Option<Candidate> {
+        Some(Candidate {
+            id: self.id.clone(),
+            oom_priority: self.config.samepage.oom_priority,
+            private_bytes: self.private_bytes()?,
+        })
+    }
+
+    /// What it may come to hold, if it holds memory.
+    pub(crate) fn nominal_bytes(&self) -> Option<u64> {
+        let is_alive = self.state().is_alive();
+        is_alive.then(|| self.config.mem_size_bytes())
+    }
+
+    /// Merges its memory now, on the caller's thread.
+    pub(crate) fn merge_now(&self) -> Result<MergedNow, MonitorError> {
+        let merger = {
+            let cell = self.lock();
+            let Some(machine) = cell.machine.as_ref() else {
+                let (id, state) = (self.id.clone(), cell.state.clone());
+                return Err(MonitorError::NotRunning { id, state });
+            };
+            machine.merger()
+        };
+        let id = self.id.clone();
+        // Without the lock: it takes as long as reading all of the memory.
+        let merged = merger.map(|merger| merger.merge_now());
+        merged
+            .ok_or(MonitorError::NotMerged(id.clone()))?
+            .map_err(|error| MonitorError::MergeNow { id, error })
     }
 
     /// Assembles the machine and lets it run. On failure the VM is as before.
@@ -350,7 +409,7 @@ mod tests {
         let host = Host {
             kvm,
             supported_cpuid,
-            engine: dedup::Engine::new(&dedup::Settings::default()).unwrap(),
+            engine: Arc::new(dedup::Engine::new(&dedup::Settings::default()).unwrap()),
             events: events.remote(),
         };
         let vm = never_started();

@@ -43,6 +43,7 @@ fn pages_are_merged_under_running_guests_and_stay_what_they_are() {
     engine.set_pace(dedup::Pace {
         pages_to_scan: 4000,
         sleep_millisecs: 1,
+        ..dedup::Pace::default()
     });
     engine.set_run(dedup::Run::Merge).unwrap();
     let args = |seed| format!("seed={seed} shared=80 zero=10 private=10 passes=0 pace_ms=5");

@@ -75,6 +75,7 @@ pub async fn execute(cli: Cli) -> Result<ExitCode, CommandError> {
         Command::Pause(args) => vm::set_state(&client, &args, DesiredState::Paused).await?,
         Command::Resume(args) => vm::set_state(&client, &args, DesiredState::Resumed).await?,
         Command::Stop(args) => vm::stop(&client, &args).await?,
+        Command::Merge(args) => vm::merge(&client, &args).await?,
         Command::Rm(args) => vm::rm(&client, &args).await?,
         Command::Console(args) => console::console(&client, &args).await?,
         Command::Stats(args) => stats::stats(&client, &args).await?,

@@ -172,7 +172,7 @@ fn exit_code(cause: Cause, reason: &EndReason) -> ExitCode {
         (_, EndReason::GuestPanic) => 3,
         (_, EndReason::TripleFault) => 4,
         (_, EndReason::EmulationFailure { .. }) => 5,
-        (_, EndReason::Error(_)) => 6,
+        (_, EndReason::Error(_) | EndReason::OomVictim) => 6,
     };
     ExitCode::from(code)
 }

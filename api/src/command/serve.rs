@@ -29,6 +29,10 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     }
     let settings = dedup::Settings {
         run: dedup::Run::Merge,
+        memory_budget_bytes: args
+            .memory_budget_mib
+            .filter(|&mib| mib > 0)
+            .map(|mib| u64::from(mib) << 20),
         ..dedup::Settings::default()
     };
     let door = Arc::new(FrontDoor::new(settings));

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use dedup::RegionStats;
+use dedup::{AdvisorMode, RegionStats};
 
 use crate::bytes::in_units;
 use crate::cli::StatsArgs;
@@ -67,10 +67,10 @@ fn json(value: &impl serde::Serialize, args: &StatsArgs) -> Result<String, Comma
 fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
     let mut table = Table::new(&[
         "DOMAIN", "RUN", "VMS", "SHARED", "SHARING", "ZERO", "UNSHARED", "VOLATILE", "SCANS",
-        "POOL", "SAVED",
+        "POOL", "SAVED", "USE", "LIMIT", "WORST",
     ]);
     for (name, domain) in domains {
-        let stats = &domain.stats;
+        let (stats, memory) = (&domain.stats, &domain.memory);
         table.row(vec![
             name.clone(),
             format!("{:?}", domain.run).to_lowercase(),
@@ -83,18 +83,50 @@ fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
             stats.full_scans.to_string(),
             in_units(i128::from(stats.pool_bytes)),
             in_units(i128::from(stats.saved_bytes)),
+            in_units(i128::from(memory.use_bytes)),
+            memory
+                .limit_bytes
+                .map_or_else(|| "-".to_owned(), |bytes| in_units(i128::from(bytes))),
+            in_units(i128::from(memory.worst_case_bytes)),
         ]);
     }
     let mut text = table.to_string();
+    // Writing to a string cannot fail.
+    let _ = write!(text, "\n{}", pace_table(domains));
     let vms: Vec<(&str, &RegionStats)> = domains
         .values()
         .flat_map(|domain| domain.vms.iter().map(|(id, merge)| (id.as_str(), merge)))
         .collect();
     if !vms.is_empty() {
-        // Writing to a string cannot fail.
         let _ = write!(text, "\n{}", vm_table(vms));
     }
     text
+}
+
+fn pace_table(domains: &BTreeMap<String, Domain>) -> Table {
+    let mut table = Table::new(&[
+        "DOMAIN", "ADVISOR", "BATCH", "SLEEP", "TARGET", "MAX CPU", "CPU TIME", "SCANNED",
+        "SKIPPED",
+    ]);
+    for (name, domain) in domains {
+        let (pace, stats) = (&domain.pace, &domain.stats);
+        let (advisor, target) = match pace.advisor_mode {
+            AdvisorMode::None => ("none", "-".to_owned()),
+            AdvisorMode::ScanTime => ("scan-time", format!("{} ms", pace.target_scan_time_ms)),
+        };
+        table.row(vec![
+            name.clone(),
+            advisor.to_owned(),
+            pace.pages_to_scan.to_string(),
+            format!("{} ms", pace.sleep_millisecs),
+            target,
+            format!("{} %", pace.max_cpu_percent),
+            format!("{} ms", stats.worker_cpu_us / 1000),
+            stats.pages_scanned.to_string(),
+            stats.pages_skipped.to_string(),
+        ]);
+    }
+    table
 }
 
 fn vm_table<'a>(vms: impl IntoIterator<Item = (&'a str, &'a RegionStats)>) -> String {

@@ -1,8 +1,8 @@
-//! `samepage pause`, `resume`, `stop` and `rm`.
+//! `samepage pause`, `resume`, `stop`, `merge` and `rm`.
 
-use crate::cli::{IdArgs, RmArgs};
+use crate::cli::{IdArgs, MergeArgs, RmArgs};
 use crate::client::Client;
-use crate::command::CommandError;
+use crate::command::{CommandError, print, to_pretty_json};
 use crate::request::{ActionType, DesiredState};
 
 /// Pauses or resumes a VM; one that is in that state already stays in it.
@@ -27,6 +27,27 @@ pub async fn stop(client: &Client, args: &IdArgs) -> Result<(), CommandError> {
         .act(args.id.as_str(), ActionType::InstanceStop)
         .await?;
     Ok(())
+}
+
+/// Merges a VM's memory now.
+///
+/// # Errors
+/// If there is none of this id, it does not run, or its memory is not merged.
+pub async fn merge(client: &Client, args: &MergeArgs) -> Result<(), CommandError> {
+    let merged = client.merge_now(args.id.as_str()).await?;
+    if args.json {
+        return print(&to_pretty_json(&merged)?);
+    }
+    print(&format!(
+        "{}: {} pages merging and {} zero ({:+}), {} still changing; {} scanned in {} ms\n",
+        args.id,
+        merged.pages_merging,
+        merged.pages_zero,
+        merged.pages_gained,
+        merged.pages_volatile,
+        merged.pages_scanned,
+        merged.duration_us / 1000,
+    ))
 }
 
 /// Deletes a VM, with `--force` also one that runs.

@@ -3,6 +3,7 @@
 //! Needs root. Every KSM setting, and `vm.max_map_count`, is restored at the end.
 #![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
 
+mod exits;
 mod measure;
 mod peer;
 mod random;
@@ -78,78 +79,45 @@ enum Measure {
     Churn,
     Unmerge,
     Exit,
+    /// The distribution over many exits; ours only.
+    Exits,
 }
 
-fn cases(quick: bool) -> Vec<Case> {
-    let scale = if quick { 4 } else { 1 };
-    let (few, many) = ((2, 256 * MIB_PAGES / scale), (16, 128 * MIB_PAGES / scale));
-    let case = |name, measure, workload| Case {
+fn case(name: &'static str, measure: Measure, workload: Workload) -> Case {
+    Case {
         name,
         measure,
         workload,
-    };
+    }
+}
+
+/// Memory to be merged, all regions of a case together 2 GiB at most.
+fn merge_cases(scale: usize) -> Vec<Case> {
+    let merge = |name, workload| case(name, Measure::Merge, workload);
+    let few = |make: fn(usize, usize) -> Workload| make(2, 256 * MIB_PAGES / scale);
+    let many = |make: fn(usize, usize) -> Workload| make(16, 128 * MIB_PAGES / scale);
     vec![
-        case(
-            "clones.2x256",
-            Measure::Merge,
-            Workload::clones(few.0, few.1),
-        ),
-        case(
-            "clones.16x128",
-            Measure::Merge,
-            Workload::clones(many.0, many.1),
-        ),
-        case(
-            "shuffled.2x64",
-            Measure::Merge,
-            Workload::shuffled(2, 64 * MIB_PAGES / scale),
-        ),
-        case(
-            "shuffled.16x12",
-            Measure::Merge,
-            Workload::shuffled(16, 12 * MIB_PAGES / scale),
-        ),
-        case("image.2x256", Measure::Merge, Workload::image(few.0, few.1)),
-        case(
-            "image.16x128",
-            Measure::Merge,
-            Workload::image(many.0, many.1),
-        ),
-        case(
-            "clones-huge.2x256",
-            Measure::Merge,
-            Workload::clones(few.0, few.1).huge(),
-        ),
-        case(
-            "clones-huge.16x128",
-            Measure::Merge,
-            Workload::clones(many.0, many.1).huge(),
-        ),
-        case(
-            "image-huge.16x128",
-            Measure::Merge,
-            Workload::image(many.0, many.1).huge(),
-        ),
-        case(
-            "calm",
-            Measure::Calm,
-            Workload::clones(8, 64 * MIB_PAGES / scale),
-        ),
-        case(
-            "churn",
-            Measure::Churn,
-            Workload::clones(4, 64 * MIB_PAGES / scale),
-        ),
-        case(
-            "unmerge",
-            Measure::Unmerge,
-            Workload::clones(4, 64 * MIB_PAGES / scale),
-        ),
-        case(
-            "exit",
-            Measure::Exit,
-            Workload::clones(6, 128 * MIB_PAGES / scale),
-        ),
+        merge("clones.2x256", few(Workload::clones)),
+        merge("clones.16x128", many(Workload::clones)),
+        merge("shuffled.2x256", few(Workload::shuffled)),
+        merge("shuffled.16x128", many(Workload::shuffled)),
+        merge("image.2x256", few(Workload::image)),
+        merge("image.16x128", many(Workload::image)),
+        merge("clones-huge.2x256", few(Workload::clones).huge()),
+        merge("clones-huge.16x128", many(Workload::clones).huge()),
+    ]
+}
+
+/// Memory that is merged already.
+fn merged_cases(scale: usize) -> Vec<Case> {
+    let clones = |regions, mib| Workload::clones(regions, mib * MIB_PAGES / scale);
+    vec![
+        case("calm", Measure::Calm, clones(8, 64)),
+        case("churn", Measure::Churn, clones(4, 64)),
+        case("unmerge", Measure::Unmerge, clones(4, 64)),
+        case("exit", Measure::Exit, clones(6, 128)),
+        case("exits.2x64", Measure::Exits, clones(2, 64)),
+        case("exits.16x128", Measure::Exits, clones(16, 128)),
     ]
 }
 
@@ -161,7 +129,7 @@ fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
         Measure::Calm => measure::calm(peer, &case.workload, window),
         Measure::Churn => measure::churn(Some(peer), &peer.region_starts(), &case.workload, window),
         Measure::Unmerge => measure::unmerge(peer),
-        Measure::Exit => Ok(measure::exit(peer, 4)),
+        Measure::Exit | Measure::Exits => Ok(measure::exit(peer, 4)),
     }
 }
 
@@ -169,7 +137,8 @@ fn bench(options: &Options) -> io::Result<()> {
     let _raised = MaxMapCount::raise()?;
     warm_up(WARM_UP_PAGES * PAGE_SIZE_BYTES / if options.quick { 4 } else { 1 })?;
     let mut report = Report::default();
-    for case in cases(options.quick) {
+    let scale = if options.quick { 4 } else { 1 };
+    for case in merge_cases(scale).into_iter().chain(merged_cases(scale)) {
         if options
             .only
             .as_ref()
@@ -179,6 +148,11 @@ fn bench(options: &Options) -> io::Result<()> {
         }
         for round in 0..options.rounds {
             eprintln!("{} round {}/{}", case.name, round + 1, options.rounds);
+            if case.measure == Measure::Exits {
+                let count = if options.quick { 100 } else { 1000 };
+                report.add(case.name, "samepage", exits::exits(&case.workload, count)?);
+                continue;
+            }
             let ours = run(&case, &mut Samepage::new(&case.workload)?, options.quick)?;
             report.add(case.name, "samepage", ours);
             let ksm = run(&case, &mut Ksm::new(&case.workload)?, options.quick)?;

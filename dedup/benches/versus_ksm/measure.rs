@@ -19,7 +19,7 @@ pub(crate) type Figures = BTreeMap<String, f64>;
 const MERGE_SECONDS_MAX: u64 = 180;
 
 #[expect(clippy::cast_precision_loss, reason = "figures of a report")]
-fn float(count: u64) -> f64 {
+pub(crate) fn float(count: u64) -> f64 {
     count as f64
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn go_on() -> io::Result<()> {
 }
 
 /// Lets time pass. What is measured is what an engine does in it, so there is no condition.
-fn wait_for(time: Duration) {
+pub(crate) fn wait_for(time: Duration) {
     thread::sleep(time);
 }
 

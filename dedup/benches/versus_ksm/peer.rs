@@ -40,7 +40,7 @@ pub(crate) trait Peer {
     fn exit_one(&mut self);
 }
 
-fn filled(workload: &Workload, region: usize) -> io::Result<Mapping> {
+pub(crate) fn filled(workload: &Workload, region: usize) -> io::Result<Mapping> {
     let contents = &workload.regions[region];
     let size_bytes = contents.len() * PAGE_SIZE_BYTES;
     let mapping = if workload.has_huge_pages {
@@ -89,8 +89,8 @@ fn task_named(tasks: &str, name: &str) -> io::Result<PathBuf> {
 
 /// What the bench wrote to a region since the engine asked last: the dirty log of a guest that
 /// the bench itself plays. Kernel KSM has no use for one.
-#[derive(Debug, Clone)]
-struct Written(Arc<Mutex<Vec<u32>>>);
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Written(Arc<Mutex<Vec<u32>>>);
 
 impl Written {
     fn lock(&self) -> MutexGuard<'_, Vec<u32>> {
@@ -111,7 +111,7 @@ impl DirtySource for Written {
 pub(crate) struct Samepage {
     regions: Vec<RegionHandle>,
     written: Vec<Written>,
-    engine: Engine,
+    pub(crate) engine: Engine,
     task: PathBuf,
 }
 
@@ -122,6 +122,7 @@ impl Samepage {
             pace: Pace {
                 pages_to_scan: 20_000,
                 sleep_millisecs: 0,
+                ..Pace::default()
             },
             ..Settings::default()
         };
@@ -387,4 +388,12 @@ pub(crate) fn write_word(start: *mut u64, page: usize, word: usize, value: u64) 
     debug_assert!(!ptr::eq(address, ptr::null()));
     // SAFETY: callers name pages of a region that lives as long as the measurement.
     unsafe { address.write_volatile(value) }
+}
+
+/// Writes to a page what it holds already.
+pub(crate) fn rewrite_word(start: *mut u64, page: usize, word: usize) {
+    let address = start.wrapping_add(page * PAGE_WORDS + word);
+    // SAFETY: as for `write_word`.
+    let value = unsafe { address.read_volatile() };
+    write_word(start, page, word, value);
 }

@@ -1,7 +1,7 @@
 //! The kernel behind the engine: reserved ranges, a memfd as pool, userfaultfd write protection.
 
 mod memory;
-mod pagemap;
+pub(crate) mod pagemap;
 mod pool;
 mod userfaultfd;
 

@@ -298,7 +298,7 @@ fn nothing_is_scanned_once_stopping_has_returned() {
             let world = World::new(Run::Merge);
             let region = world.register();
             let worker = world.spawn(|shared| {
-                shared.batch(2);
+                shared.batch(2 * STEP_PAGES_MIN);
             });
             world.stop_scanning(run);
             worker.join().expect("the worker goes on");

@@ -39,8 +39,21 @@ pub(crate) struct Gate {
 #[derive(Debug)]
 struct State {
     order: Order,
+    /// Stands the vCPUs still whatever the order but `Exit`; the guard's, beside the user's pause.
+    held: bool,
     /// vCPUs that neither stand still nor have left.
     passing: usize,
+}
+
+impl State {
+    /// The order that counts.
+    fn effective(&self) -> Order {
+        if self.held && self.order == Order::Run {
+            Order::Pause
+        } else {
+            self.order
+        }
+    }
 }
 
 impl Gate {
@@ -50,6 +63,7 @@ impl Gate {
             order: AtomicU8::new(Order::Pause as u8),
             state: Mutex::new(State {
                 order: Order::Pause,
+                held: false,
                 passing: vcpus,
             }),
             changed: Condvar::new(),
@@ -65,8 +79,20 @@ impl Gate {
         let mut state = self.lock();
         if state.order != Order::Exit {
             state.order = order;
-            self.order.store(order as u8, Ordering::SeqCst);
         }
+        self.publish(state);
+    }
+
+    /// Stands the vCPUs still until it is taken back, without a change of the order. To hold, the
+    /// caller kicks the vCPUs out of the guest afterwards.
+    pub(crate) fn set_held(&self, held: bool) {
+        let mut state = self.lock();
+        state.held = held;
+        self.publish(state);
+    }
+
+    fn publish(&self, state: MutexGuard<'_, State>) {
+        self.order.store(state.effective() as u8, Ordering::SeqCst);
         drop(state);
         self.changed.notify_all();
     }
@@ -80,13 +106,13 @@ impl Gate {
         let mut state = self.lock();
         state.passing -= 1;
         self.changed.notify_all();
-        let paused = |state: &mut State| state.order == Order::Pause;
+        let paused = |state: &mut State| state.effective() == Order::Pause;
         state = self
             .changed
             .wait_while(state, paused)
             .unwrap_or_else(PoisonError::into_inner);
         state.passing += 1;
-        if state.order == Order::Run {
+        if state.effective() == Order::Run {
             Pass::RunAfterPause
         } else {
             Pass::Leave
@@ -95,7 +121,7 @@ impl Gate {
 
     /// For a vCPU whose guest asked to be held: returns after `time`, or when the order changes.
     pub(crate) fn hold(&self, time: Duration) {
-        let running = |state: &mut State| state.order == Order::Run;
+        let running = |state: &mut State| state.effective() == Order::Run;
         drop(
             self.changed
                 .wait_timeout_while(self.lock(), time, running)
@@ -112,7 +138,7 @@ impl Gate {
     /// Waits until every vCPU stands still or has left.
     pub(crate) fn wait_still(&self) {
         let state = self.lock();
-        let moving = |state: &mut State| state.passing > 0 && state.order == Order::Pause;
+        let moving = |state: &mut State| state.passing > 0 && state.effective() == Order::Pause;
         drop(
             self.changed
                 .wait_while(state, moving)
@@ -175,6 +201,35 @@ mod tests {
         });
         gate.set(Order::Exit);
         assert!(matches!(thread.join().unwrap(), Pass::Leave));
+    }
+
+    #[test]
+    fn who_is_held_stands_still_through_every_order_but_the_exit() {
+        let gate = Arc::new(Gate::new(1));
+        gate.set(Order::Run);
+        gate.set_held(true);
+        let rounds = Arc::new(AtomicU64::new(0));
+        let (theirs, seen) = (gate.clone(), rounds.clone());
+        let vcpu = std::thread::spawn(move || {
+            while theirs.pass() != Pass::Leave {
+                seen.fetch_add(1, Ordering::SeqCst);
+                std::thread::yield_now();
+            }
+            theirs.leave();
+        });
+        for order in [Order::Pause, Order::Run] {
+            gate.set(order);
+            gate.wait_still();
+            assert_eq!(rounds.load(Ordering::SeqCst), 0);
+        }
+        gate.set_held(false);
+        while rounds.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        gate.set_held(true);
+        gate.wait_still();
+        gate.set(Order::Exit);
+        vcpu.join().unwrap();
     }
 
     #[test]

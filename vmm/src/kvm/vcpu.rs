@@ -118,9 +118,20 @@ impl VcpuThreads {
     /// Tells all vCPUs what to do and gets them out of the guest to see it. Does not wait.
     pub(crate) fn set(&self, order: Order) {
         self.gate.set(order);
-        if order == Order::Run {
-            return;
+        if order != Order::Run {
+            self.kick();
         }
+    }
+
+    /// Stands all vCPUs still until it is taken back, whatever they are told. Does not wait.
+    pub(crate) fn set_held(&self, held: bool) {
+        self.gate.set_held(held);
+        if held {
+            self.kick();
+        }
+    }
+
+    fn kick(&self) {
         for (thread, kick) in &self.threads {
             kick.request();
             // A thread that is over already needs no signal.
@@ -182,6 +193,9 @@ fn run(mut vcpu: VcpuFd, gate: &Gate, kick: &Arc<Kick>, platform: &Platform) -> 
     // Declared after, hence dropped before the vCPU.
     let armed = kick.arm(&mut vcpu);
     loop {
+        // Named after the thread, `v0:ID`, so that a test can choose whose panics.
+        #[cfg(feature = "failpoints")]
+        fail::fail_point!(std::thread::current().name().unwrap_or_default());
         match gate.pass() {
             Pass::Run => {}
             // Spares the guest a false alarm of its lockup detector. Guests without kvm-clock do

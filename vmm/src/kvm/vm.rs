@@ -18,6 +18,11 @@ const TSS_ADDRESS: usize = 0xfffb_d000;
 ///
 /// The VM's descriptor must not outlive the mapping under `memory`.
 pub(crate) fn create(kvm: &Kvm, memory: &GuestMemory, logs_dirty: bool) -> Result<VmFd, KvmError> {
+    #[cfg(feature = "failpoints")]
+    fail::fail_point!("kvm_create_vm", |_| {
+        let error = kvm_ioctls::Error::new(libc::ENOMEM);
+        Err(KvmError::of("KVM_CREATE_VM")(error))
+    });
     let vm = create_vm(kvm)?;
     vm.set_tss_address(TSS_ADDRESS)
         .map_err(KvmError::of("KVM_SET_TSS_ADDR"))?;

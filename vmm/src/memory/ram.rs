@@ -130,6 +130,25 @@ impl Ram {
         }
     }
 
+    /// Memory that nobody shares with it.
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub(crate) fn private_bytes(&self) -> std::io::Result<u64> {
+        match &self.backing {
+            Backing::Private(mapping) => mapping.private_bytes(),
+            Backing::Merged(region) => region.mapping().private_bytes(),
+        }
+    }
+
+    /// What merges it on demand; `None` when it is not merged.
+    pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
+        match &self.backing {
+            Backing::Private(_) => None,
+            Backing::Merged(region) => Some(region.merger()),
+        }
+    }
+
     /// Gives the memory back: unmaps it, or hands it to the merge engine (ARCHITECTURE.md, section 6).
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::pagemap::Pagemap;
 use super::{LinuxPool, Userfaultfd, check};
 use crate::backing::{Backing, Residency};
+use crate::fault::may_fail;
 use crate::mapping::Mapping;
 use crate::page::{PAGE_SIZE_BYTES, PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
 use crate::racing::{page_is_zero, pages_are_equal, pages_may_be_equal};
@@ -21,6 +22,7 @@ pub(crate) struct LinuxMemory {
 
 impl LinuxMemory {
     pub(crate) fn new(mapping: Mapping, userfaultfd: Arc<Userfaultfd>) -> io::Result<LinuxMemory> {
+        may_fail!("register");
         userfaultfd.register(mapping.as_ptr(), mapping.size_bytes())?;
         Ok(LinuxMemory {
             mapping,
@@ -46,6 +48,7 @@ impl LinuxMemory {
 
     /// Puts a new private mapping over `range`, of the pool's `first` page on or of nothing.
     fn remap(&self, range: &PageRange, pool: Option<(&LinuxPool, PoolPage)>) -> io::Result<()> {
+        may_fail!("mmap");
         let (start, len_bytes) = self.span(range);
         let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let (flags, fd, offset_bytes) = match pool {
@@ -178,6 +181,7 @@ impl Backing for LinuxMemory {
     }
 
     fn protect(&self, range: PageRange, remapped: bool) -> io::Result<()> {
+        may_fail!("userfaultfd");
         let (start, len_bytes) = self.span(&range);
         if remapped {
             self.userfaultfd.register(start, len_bytes)?;
@@ -207,10 +211,12 @@ impl Backing for LinuxMemory {
     fn uncover(&self, range: PageRange) -> io::Result<()> {
         // In a file mapping the kernel keeps the protection of a dropped page as a marker
         // (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), which the release takes away.
+        may_fail!("madvise");
         self.advise(&range, libc::MADV_DONTNEED)
     }
 
     fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
+        may_fail!("mremap");
         let (_, len_bytes) = self.span(&range);
         let staging = Mapping::new(len_bytes).map_err(io::Error::other)?;
         let mut found = Vec::new();
@@ -238,6 +244,7 @@ impl Backing for LinuxMemory {
 
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
         if !in_pool_vma {
+            may_fail!("madvise");
             return self.advise(&range, libc::MADV_DONTNEED);
         }
         self.remap(&range, None)?;
@@ -251,6 +258,7 @@ impl Backing for LinuxMemory {
     }
 
     fn unshare(&self, range: PageRange) -> io::Result<()> {
+        may_fail!("madvise");
         self.advise(&range, libc::MADV_POPULATE_WRITE)
     }
 

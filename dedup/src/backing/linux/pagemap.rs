@@ -14,6 +14,7 @@ use linux_raw_sys::general::{
 };
 
 use crate::backing::Residency;
+use crate::fault::may_fail;
 use crate::mapping::Mapping;
 use crate::page::{PAGE_SIZE_BYTES, PageRange};
 
@@ -23,6 +24,14 @@ const PAGEMAP_SCAN: libc::c_ulong =
 
 /// Ranges fetched by one call.
 const REGIONS_PER_CALL: usize = 128;
+
+/// Which pages a scan is about, and what it tells of them.
+#[derive(Clone, Copy, Debug)]
+struct Categories {
+    any_of: u32,
+    none_of: u32,
+    told: u32,
+}
 
 const NOTHING: page_region = page_region {
     start: 0,
@@ -46,21 +55,50 @@ impl Pagemap {
         range: PageRange,
         found: &mut Vec<(PageRange, Residency)>,
     ) -> io::Result<()> {
+        may_fail!("pagemap");
         let base = mapping.address(0).addr() as u64;
         let page_of = |address: u64| {
             u32::try_from((address - base) / PAGE_SIZE_BYTES as u64).unwrap_or(u32::MAX)
         };
+        let categories = Categories {
+            any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            none_of: 0,
+            told: PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_FILE | PAGE_IS_PFNZERO,
+        };
+        self.for_each(mapping, range, categories, |region| {
+            if let Some(residency) = residency(region.categories) {
+                found.push((page_of(region.start)..page_of(region.end), residency));
+            }
+        })
+    }
+
+    /// Bytes of `mapping` in pages of its own: neither the pool's nor the kernel's zero page.
+    pub(crate) fn private_bytes(&self, mapping: &Mapping) -> io::Result<u64> {
+        let mut private_bytes = 0;
+        let categories = Categories {
+            any_of: PAGE_IS_PRESENT,
+            none_of: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            told: PAGE_IS_PRESENT,
+        };
+        self.for_each(mapping, 0..mapping.pages(), categories, |region| {
+            private_bytes += region.end - region.start;
+        })?;
+        Ok(private_bytes)
+    }
+
+    fn for_each(
+        &self,
+        mapping: &Mapping,
+        range: PageRange,
+        categories: Categories,
+        mut found: impl FnMut(&page_region),
+    ) -> io::Result<()> {
         let end = mapping.address(range.end).addr() as u64;
         let mut start = mapping.address(range.start).addr() as u64;
         while start < end {
             let mut regions = [NOTHING; REGIONS_PER_CALL];
-            let categories = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
             let (filled, walk_end) = self.scan_once(start..end, categories, &mut regions)?;
-            for region in &regions[..filled] {
-                if let Some(residency) = residency(region.categories) {
-                    found.push((page_of(region.start)..page_of(region.end), residency));
-                }
-            }
+            regions[..filled].iter().for_each(&mut found);
             if walk_end <= start {
                 return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
             }
@@ -73,7 +111,12 @@ impl Pagemap {
     pub(crate) fn has_huge_page(&self, mapping: &Mapping, range: &PageRange) -> io::Result<bool> {
         let start = mapping.address(range.start).addr() as u64;
         let end = mapping.address(range.end).addr() as u64;
-        let (filled, _) = self.scan_once(start..end, PAGE_IS_HUGE, &mut [NOTHING])?;
+        let categories = Categories {
+            any_of: PAGE_IS_HUGE,
+            none_of: 0,
+            told: PAGE_IS_HUGE,
+        };
+        let (filled, _) = self.scan_once(start..end, categories, &mut [NOTHING])?;
         Ok(filled > 0)
     }
 
@@ -81,25 +124,22 @@ impl Pagemap {
     fn scan_once(
         &self,
         addresses: Range<u64>,
-        categories: u32,
+        categories: Categories,
         regions: &mut [page_region],
     ) -> io::Result<(usize, u64)> {
-        let Range { start, end } = addresses;
         let mut request = pm_scan_arg {
             size: size_of::<pm_scan_arg>() as u64,
             flags: 0,
-            start,
-            end,
+            start: addresses.start,
+            end: addresses.end,
             walk_end: 0,
             vec: regions.as_mut_ptr().addr() as u64,
             vec_len: regions.len() as u64,
             max_pages: 0,
-            category_inverted: 0,
-            category_mask: 0,
-            category_anyof_mask: u64::from(categories),
-            return_mask: u64::from(
-                PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_FILE | PAGE_IS_PFNZERO,
-            ),
+            category_inverted: u64::from(categories.none_of),
+            category_mask: u64::from(categories.none_of),
+            category_anyof_mask: u64::from(categories.any_of),
+            return_mask: u64::from(categories.told),
         };
         // SAFETY:
         // - `request` is the struct that this request takes, valid for the call.
@@ -136,6 +176,24 @@ fn residency(categories: u64) -> Option<Residency> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_pages_that_were_written_to_are_private() {
+        let mapping = Mapping::new(64 * PAGE_SIZE_BYTES).unwrap();
+        let memory = std::fs::OpenOptions::new()
+            .write(true)
+            .open("/proc/self/mem")
+            .unwrap();
+        for page in [3, 4, 40] {
+            let address = mapping.address(page).addr() as u64;
+            std::os::unix::fs::FileExt::write_at(&memory, &[1], address).unwrap();
+        }
+        // Shows the kernel's zero page.
+        mapping.read_page(50, &mut [0; crate::page::PAGE_WORDS]);
+        let pagemap = Pagemap::open().unwrap();
+        assert_eq!(pagemap.private_bytes(&mapping).unwrap(), 3 * 4096);
+        assert_eq!(mapping.private_bytes().unwrap(), 3 * 4096);
+    }
 
     #[test]
     fn a_pool_page_that_is_being_moved_is_the_pools() {

@@ -8,6 +8,7 @@ use std::ptr;
 
 use super::check;
 use crate::backing::Pool;
+use crate::fault::may_fail;
 use crate::item::POOL_PAGES_MAX;
 use crate::page::{PoolPage, pages_to_bytes};
 
@@ -32,6 +33,7 @@ unsafe impl Sync for LinuxPool {}
 
 impl LinuxPool {
     pub(crate) fn new() -> io::Result<LinuxPool> {
+        may_fail!("memfd");
         // SAFETY: the name is a C string; the flags are by value.
         let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC) };
         check(fd)?;
@@ -57,6 +59,11 @@ impl LinuxPool {
             file,
             view: view.cast(),
         })
+    }
+
+    /// Another descriptor of the memfd, to ask how much it holds.
+    pub(crate) fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -88,6 +95,7 @@ impl LinuxPool {
         from: *const u8,
         len_bytes: usize,
     ) -> io::Result<()> {
+        may_fail!("pool_write");
         let mut done_bytes = 0;
         while done_bytes < len_bytes {
             let offset = libc::off_t::try_from(pages_to_bytes(first.0) + done_bytes)
@@ -114,6 +122,7 @@ impl LinuxPool {
 
 impl Pool for LinuxPool {
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
+        may_fail!("fallocate");
         let offset = |page: u32| libc::off_t::try_from(pages_to_bytes(page)).unwrap_or(0);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: the call takes numbers; the pages it drops have no sharers, and the worker, the

@@ -182,6 +182,17 @@ impl Work for Toy {
         Ok(())
     }
 
+    fn set_hurried(&mut self, _hurried: bool) {}
+
+    fn due_pages(&self) -> u64 {
+        0
+    }
+
+    fn budget(&self) -> Arc<Budget> {
+        // Not what makes anybody wait here: see `Frames`.
+        Budget::new()
+    }
+
     fn reclaim(&mut self) {}
 
     fn end_pass(&mut self) -> u64 {

@@ -46,17 +46,22 @@ enter_user:
     push rax
     iretq
 
-# A port write that faulted in user mode, because the hypervisor knows no I/O privilege level: do it
-# here. The fault pushed an error code; on with the instruction after the write, which is one byte.
+# A port access that faulted in user mode, because the hypervisor knows no I/O privilege level: do it
+# here. The fault pushed an error code; on with the instruction after the access, which is one byte.
 protection_fault:
     push rax
     mov rax, [rsp + 16]
     cmp byte ptr [rax], 0xef            # out dx, eax
     je 1f
+    cmp byte ptr [rax], 0xec            # in al, dx
+    je 4f
     cmp byte ptr [rax], 0xee            # out dx, al
     jne 2f
     pop rax
     out dx, al
+    jmp 3f
+4:  pop rax
+    in al, dx
     jmp 3f
 1:  pop rax
     out dx, eax

@@ -1,7 +1,7 @@
-//! Port writes, from user mode.
+//! Port reads and writes, from user mode.
 //!
 //! The I/O privilege level allows them. A hypervisor that honours no such level for its guests raises
-//! a protection fault, and then `boot.s` does the write. (A software interrupt would be the plain way,
+//! a protection fault, and then `boot.s` does it. (A software interrupt would be the plain way,
 //! but some hypervisors without hardware support cannot deliver one.)
 
 use core::arch::asm;
@@ -24,6 +24,16 @@ pub(crate) fn out_8(port: u16, value: u8) {
     unsafe {
         asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags));
     }
+}
+
+/// Reads 8 bits from a port.
+pub(crate) fn in_8(port: u16) -> u8 {
+    let value: u8;
+    // SAFETY: as in `out_32`; AL is the only register that changes.
+    unsafe {
+        asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags));
+    }
+    value
 }
 
 /// Asks the monitor to hold this vCPU. One that does not know the port goes on at once.

@@ -1,7 +1,7 @@
 //! Fill, verify, rewrite.
 
-use pageload_workload::port::{PVPANIC_SHUTDOWN, Phase, Register};
-use pageload_workload::{Content, Mismatch, Plan, Workload, Writes};
+use pageload_workload::port::{COM1_STATUS, COM1_STATUS_INPUT, PVPANIC_SHUTDOWN, Phase, Register};
+use pageload_workload::{Begin, Content, Mismatch, Plan, Workload, Writes};
 
 use crate::boot::fail;
 use crate::console::print_line;
@@ -16,6 +16,8 @@ const PRINTED_ERRORS_MAX: u64 = 8;
 struct Guest {
     memory: Memory,
     writes: Writes,
+    /// Pages are being rewritten.
+    has_begun: bool,
     verify_errors: u64,
     pages_written: u64,
     verified_pages: u64,
@@ -43,6 +45,7 @@ pub(crate) fn run(command_line: &str, memory: Memory) -> ! {
     let mut guest = Guest {
         memory,
         writes: Writes::new(plan),
+        has_begun: workload.begin == Begin::Filled,
         verify_errors: 0,
         pages_written: 0,
         verified_pages: 0,
@@ -80,18 +83,27 @@ impl Guest {
         let Workload {
             writes_per_pass,
             pace_ms,
+            begin,
             ..
         } = *self.writes.plan().workload();
         let pause_us = u32::try_from(pace_ms.saturating_mul(1000) / slices).unwrap_or(u32::MAX);
         for slice in 0..slices {
             // Rounded so that the slices of a pass add up to what was asked for.
             let due = |slice| u128::from(writes_per_pass) * u128::from(slice) / u128::from(slices);
-            self.rewrite(due(slice + 1) - due(slice));
+            if !self.has_begun {
+                // The byte stays where it is: one look more or less does not matter then.
+                self.has_begun = port::in_8(COM1_STATUS) & COM1_STATUS_INPUT != 0;
+            }
+            if self.has_begun {
+                self.rewrite(due(slice + 1) - due(slice));
+            }
             let first = slice * SLICE_PAGES;
             for page in first..(first + SLICE_PAGES).min(pages) {
                 self.verify(page, self.writes.content(page));
             }
-            if pause_us > 0 {
+            // Who waits for input to begin is in a hurry then.
+            let is_hasty = self.has_begun && begin == Begin::Input;
+            if pause_us > 0 && !is_hasty {
                 port::sleep_us(pause_us);
             }
         }

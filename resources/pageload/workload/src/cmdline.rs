@@ -1,11 +1,11 @@
 //! A workload as words of a kernel command line.
 //!
 //! `... pageload seed=7 shared=70 zero=10 private=20 hot_pages=64 layout=runs write=hot
-//! writes_per_pass=64 passes=0 pace_ms=1000 ...`; what is left out has its default.
+//! begin=filled writes_per_pass=64 passes=0 pace_ms=1000 ...`; what is left out has its default.
 
 use core::fmt;
 
-use crate::workload::{Layout, Workload, WorkloadError, WriteMode};
+use crate::workload::{Begin, Layout, Workload, WorkloadError, WriteMode};
 
 /// The word that the options follow; what stands before it is for others.
 const MARK: &str = "pageload";
@@ -85,6 +85,7 @@ impl Workload {
             "private" => self.private = percentage(name, value)?,
             "hot_pages" => self.hot_pages = number(name, value)?,
             "layout" => self.layout = Layout::named(name, value)?,
+            "begin" => self.begin = Begin::named(name, value)?,
             "write" => self.write = WriteMode::named(name, value)?,
             "writes_per_pass" => self.writes_per_pass = number(name, value)?,
             "passes" => self.passes = number(name, value)?,
@@ -133,17 +134,42 @@ impl Layout {
 
 impl WriteMode {
     fn named<'a>(name: &'a str, value: &'a str) -> Result<WriteMode, ParseError<'a>> {
-        let allowed = "one of none, hot, merged";
+        let allowed = "one of none, hot, merged, broken";
         match value {
             "none" => Ok(WriteMode::None),
             "hot" => Ok(WriteMode::Hot),
             "merged" => Ok(WriteMode::Merged),
+            "broken" => Ok(WriteMode::Broken),
             _ => Err(ParseError::BadValue {
                 name,
                 value,
                 allowed,
             }),
         }
+    }
+}
+
+impl Begin {
+    fn named<'a>(name: &'a str, value: &'a str) -> Result<Begin, ParseError<'a>> {
+        let allowed = "one of filled, input";
+        match value {
+            "filled" => Ok(Begin::Filled),
+            "input" => Ok(Begin::Input),
+            _ => Err(ParseError::BadValue {
+                name,
+                value,
+                allowed,
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Begin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Begin::Filled => "filled",
+            Begin::Input => "input",
+        })
     }
 }
 
@@ -163,6 +189,7 @@ impl fmt::Display for WriteMode {
             WriteMode::None => "none",
             WriteMode::Hot => "hot",
             WriteMode::Merged => "merged",
+            WriteMode::Broken => "broken",
         })
     }
 }
@@ -180,6 +207,7 @@ impl fmt::Display for Workload {
         let Workload {
             layout,
             write,
+            begin,
             writes_per_pass,
             passes,
             pace_ms,
@@ -189,7 +217,10 @@ impl fmt::Display for Workload {
             f,
             "{MARK} seed={seed} shared={shared} zero={zero} private={private} "
         )?;
-        write!(f, "hot_pages={hot_pages} layout={layout} write={write} ")?;
+        write!(
+            f,
+            "hot_pages={hot_pages} layout={layout} write={write} begin={begin} "
+        )?;
         write!(
             f,
             "writes_per_pass={writes_per_pass} passes={passes} pace_ms={pace_ms}"
@@ -234,7 +265,11 @@ mod tests {
             ),
             (
                 "pageload write=all",
-                "write: 'all' is not one of none, hot, merged",
+                "write: 'all' is not one of none, hot, merged, broken",
+            ),
+            (
+                "pageload begin=now",
+                "begin: 'now' is not one of filled, input",
             ),
             ("pageload speed=1", "speed: no such pageload option"),
             ("pageload passes", "passes: has no value"),
@@ -254,13 +289,16 @@ mod tests {
             pace_ms: u64, writes_per_pass: u64,
             layout in prop_oneof![Just(Layout::Same), Just(Layout::Runs), Just(Layout::Shuffled)],
             write in prop_oneof![
-                Just(WriteMode::None), Just(WriteMode::Hot), Just(WriteMode::Merged)
+                Just(WriteMode::None), Just(WriteMode::Hot), Just(WriteMode::Merged),
+                Just(WriteMode::Broken)
             ],
+            begin in prop_oneof![Just(Begin::Filled), Just(Begin::Input)],
         ) -> Workload {
             let zero = rest % (101 - shared);
             let private = 100 - shared - zero;
             Workload {
-                seed, shared, zero, private, hot_pages, layout, write, writes_per_pass, passes, pace_ms,
+                seed, shared, zero, private, hot_pages, layout, write, begin, writes_per_pass, passes,
+                pace_ms,
             }
         }
     }

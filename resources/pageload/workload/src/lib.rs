@@ -45,5 +45,5 @@ pub use content::{Content, Mismatch, WORDS_PER_PAGE};
 pub use oracle::{Expected, OracleError, expect};
 pub use permutation::Permutation;
 pub use plan::{PageKind, Plan, RUN_PAGES};
-pub use workload::{Layout, Workload, WorkloadError, WriteMode};
+pub use workload::{Begin, Layout, Workload, WorkloadError, WriteMode};
 pub use writes::{Step, Writes};

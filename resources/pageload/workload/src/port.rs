@@ -13,6 +13,10 @@ pub const REPORT_HIGH: u16 = 0x688;
 pub const SLEEP_US: u16 = 0x68c;
 /// 8-bit: the first serial port's data register.
 pub const COM1: u16 = 0x3f8;
+/// 8-bit: its line status register.
+pub const COM1_STATUS: u16 = 0x3fd;
+/// Bit of the line status register: a byte of input waits.
+pub const COM1_STATUS_INPUT: u8 = 1;
 /// 8-bit: the pvpanic device (Linux `uapi/misc/pvpanic.h`).
 pub const PVPANIC: u16 = 0x505;
 /// Value for [`PVPANIC`]: the guest failed (`PVPANIC_PANICKED`).

@@ -20,6 +20,8 @@ pub struct Workload {
     pub layout: Layout,
     /// Which pages are rewritten while the guest verifies.
     pub write: WriteMode,
+    /// When that begins.
+    pub begin: Begin,
     /// Pages written in each pass over memory (0 = none).
     pub writes_per_pass: u64,
     /// Passes until the guest shuts down; 0 = it never does.
@@ -49,6 +51,18 @@ pub enum WriteMode {
     /// Pages with shared content: rewritten with content of their own, and half a round later given
     /// the shared content again, so that they can be merged and broken over and over.
     Merged,
+    /// Pages with shared content, in turn: rewritten with content of their own, a new version each
+    /// time, and never given the shared content back.
+    Broken,
+}
+
+/// When a guest begins to rewrite pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// As soon as memory is filled.
+    Filled,
+    /// When a byte arrives on the first serial port.
+    Input,
 }
 
 impl Default for Workload {
@@ -62,6 +76,7 @@ impl Default for Workload {
             hot_pages: 64,
             layout: Layout::Runs,
             write: WriteMode::Hot,
+            begin: Begin::Filled,
             writes_per_pass: 64,
             passes: 0,
             pace_ms: 1000,
@@ -78,6 +93,18 @@ impl Workload {
             write: WriteMode::Merged,
             writes_per_pass: 256,
             pace_ms: 0,
+            ..Workload::default()
+        }
+    }
+
+    /// Waits for a byte of input, and then writes to all shared pages as fast as it can.
+    #[must_use]
+    pub fn breaker(seed: u64) -> Workload {
+        Workload {
+            seed,
+            write: WriteMode::Broken,
+            begin: Begin::Input,
+            writes_per_pass: u64::MAX,
             ..Workload::default()
         }
     }

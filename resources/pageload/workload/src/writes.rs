@@ -62,6 +62,7 @@ impl Writes {
             WriteMode::None => 0,
             WriteMode::Hot => self.plan.hot_pages(),
             WriteMode::Merged => self.plan.calm_pages() * 2,
+            WriteMode::Broken => self.plan.calm_pages(),
         }
     }
 
@@ -101,6 +102,12 @@ impl Writes {
                     _ => Content::shared(id),
                 }
             }
+            (WriteMode::Broken, PageKind::Shared { id }) => {
+                match last(self.steps, self.circle.apply(page), calm_pages) {
+                    Some(step) => plan.own_content(page, step / calm_pages + 1),
+                    None => Content::shared(id),
+                }
+            }
             _ => plan.content(page),
         }
     }
@@ -109,6 +116,9 @@ impl Writes {
         let calm_pages = self.plan.calm_pages();
         if self.plan.workload().write == WriteMode::Hot {
             return calm_pages + self.steps % self.plan.hot_pages();
+        }
+        if self.plan.workload().write == WriteMode::Broken {
+            return self.circle.invert(self.steps % calm_pages);
         }
         let behind = if self.steps.is_multiple_of(2) {
             0
@@ -150,7 +160,9 @@ mod tests {
     proptest! {
         #[test]
         fn contents_are_what_the_steps_wrote(
-            write in prop_oneof![Just(WriteMode::Hot), Just(WriteMode::Merged)],
+            write in prop_oneof![
+                Just(WriteMode::Hot), Just(WriteMode::Merged), Just(WriteMode::Broken)
+            ],
             hot_pages in 0u64..20, pages in 0u64..300, seed: u64, steps in 0usize..2000,
         ) {
             let mut writes = writes(write, hot_pages, pages, seed);
@@ -183,6 +195,17 @@ mod tests {
             [7, 8, 9, 7, 8, 9]
         );
         assert_eq!(steps[3].after, writes.plan().own_content(7, 2));
+    }
+
+    #[test]
+    fn broken_pages_are_all_broken_in_one_round_and_stay_so() {
+        let mut writes = writes(WriteMode::Broken, 0, 6400, 5);
+        let broken = (0..writes.round_steps())
+            .filter_map(|_| writes.advance())
+            .count();
+        assert_eq!(broken, 4480);
+        let is_own = |page| writes.content(page) != writes.plan().content(page);
+        assert_eq!((0..6400).filter(|&page| is_own(page)).count(), 4480);
     }
 
     #[test]

@@ -46,6 +46,7 @@ fn pages_read_from_disk_are_the_guests_own_while_the_engine_merges_them() {
         pace: Pace {
             pages_to_scan: 512,
             sleep_millisecs: 0,
+            ..Pace::default()
         },
         ..Settings::default()
     };

@@ -1,0 +1,372 @@
+//! The memory budget as the engine keeps it: nothing is allocated for a merge or an unmerge that
+//! was not reserved first.
+//!
+//! What is taken already is not added up here: guests take memory without asking (each write to a
+//! shared page does), so a [`MemoryGauge`] is asked for the real figure whenever it matters, and
+//! only what was promised and not yet taken is kept. A reservation lives until its memory shows in
+//! the gauge, that is until after the allocation; meanwhile it may be counted twice, which errs on
+//! the safe side.
+//!
+//! # Locks
+//! `Budget::state` is a leaf but for the gauge, which may take locks of its own and none of the
+//! engine's.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use crate::page::pages_to_bytes;
+use crate::sync::{self, Condvar, Mutex};
+
+/// Pages of the pool that a merge may fill although nothing is left. Two guests' pages go for
+/// each, so a worker that waited here would keep back what it waits for.
+const MERGE_OVERDRAFT_PAGES: u32 = 16;
+
+/// How long an unmerge waits for memory where nobody is expected to give any back.
+pub(crate) const UNMERGE_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Longest time between two looks at the gauge while somebody waits: it does not say by itself
+/// that guests gave something back.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Tells how much memory may still be taken.
+pub trait MemoryGauge: fmt::Debug + Send + Sync {
+    /// Bytes that may still be taken within `budget_bytes` (`None`: no budget) and within any
+    /// limit that the gauge knows of itself. `None` where nothing limits.
+    fn headroom_bytes(&self, budget_bytes: Option<u64>) -> Option<u64>;
+}
+
+/// Why a reservation was not made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(crate) enum Shortage {
+    /// Whoever it was for does not want it any more.
+    #[error("interrupted by a new order")]
+    Cancelled,
+    /// Nobody gave memory back in time.
+    #[error("the memory budget is short of {missing_bytes} bytes")]
+    Starved {
+        /// What would have been enough.
+        missing_bytes: u64,
+    },
+}
+
+impl From<Shortage> for io::Error {
+    fn from(shortage: Shortage) -> io::Error {
+        let kind = match shortage {
+            Shortage::Cancelled => io::ErrorKind::Interrupted,
+            Shortage::Starved { .. } => io::ErrorKind::OutOfMemory,
+        };
+        io::Error::new(kind, shortage)
+    }
+}
+
+/// The budget of one domain.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    gauge: Option<Arc<dyn MemoryGauge>>,
+    budget_bytes: Option<u64>,
+    /// Promised, and not yet seen by the gauge.
+    reserved_bytes: u64,
+    /// What those who wait would need.
+    waiting_bytes: u64,
+    /// Orders that sent away who waited.
+    cancels: u64,
+    patience: Duration,
+}
+
+impl State {
+    /// Bytes that can be promised now; `None` where nothing limits.
+    fn room_bytes(&self) -> Option<u64> {
+        let headroom = self.gauge.as_ref()?.headroom_bytes(self.budget_bytes)?;
+        Some(headroom.saturating_sub(self.reserved_bytes))
+    }
+}
+
+/// Memory that was promised; taken back when dropped, which is when the gauge shows it.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    budget: Arc<Budget>,
+    bytes: u64,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        sync::lock(&self.budget.state).reserved_bytes -= self.bytes;
+        self.budget.changed.notify_all();
+    }
+}
+
+impl Budget {
+    /// A budget that limits nothing until it has a gauge.
+    pub(crate) fn new() -> Arc<Budget> {
+        let state = State {
+            gauge: None,
+            budget_bytes: None,
+            reserved_bytes: 0,
+            waiting_bytes: 0,
+            cancels: 0,
+            patience: UNMERGE_PATIENCE,
+        };
+        Arc::new(Budget {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Asks `gauge` from now on.
+    pub(crate) fn set_gauge(&self, gauge: Arc<dyn MemoryGauge>) {
+        sync::lock(&self.state).gauge = Some(gauge);
+        self.changed.notify_all();
+    }
+
+    /// Changes the budget; `None` for none.
+    pub(crate) fn set_bytes(&self, budget_bytes: Option<u64>) {
+        sync::lock(&self.state).budget_bytes = budget_bytes;
+        self.changed.notify_all();
+    }
+
+    /// The budget; `None` for none.
+    pub(crate) fn bytes(&self) -> Option<u64> {
+        sync::lock(&self.state).budget_bytes
+    }
+
+    /// Changes how long an unmerge waits for memory.
+    pub(crate) fn set_patience(&self, patience: Duration) {
+        sync::lock(&self.state).patience = patience;
+        self.changed.notify_all();
+    }
+
+    /// Bytes that somebody waits for; 0 when nobody does.
+    pub(crate) fn waiting_bytes(&self) -> u64 {
+        sync::lock(&self.state).waiting_bytes
+    }
+
+    /// Has those who wait look again: memory was given back, or a region is exiting.
+    pub(crate) fn wake(&self) {
+        // With the lock, so that nobody who has just looked misses it.
+        drop(sync::lock(&self.state));
+        self.changed.notify_all();
+    }
+
+    /// Sends away everybody who waits now.
+    pub(crate) fn cancel_waiters(&self) {
+        sync::lock(&self.state).cancels += 1;
+        self.changed.notify_all();
+    }
+
+    /// Whether `bytes` could be reserved without waiting.
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        let room_bytes = sync::lock(&self.state).room_bytes();
+        room_bytes.is_none_or(|room| room >= bytes)
+    }
+
+    /// Reserves `bytes`, and waits for them as long as the domain's patience allows.
+    ///
+    /// # Errors
+    /// [`Shortage`], also as soon as `is_cancelled` says so after a [`Budget::wake`].
+    pub(crate) fn reserve(
+        self: &Arc<Budget>,
+        bytes: u64,
+        is_cancelled: impl Fn() -> bool,
+    ) -> Result<Reservation, Shortage> {
+        let mut state = sync::lock(&self.state);
+        let (cancels, begun) = (state.cancels, Instant::now());
+        loop {
+            if is_cancelled() || state.cancels != cancels {
+                return Err(Shortage::Cancelled);
+            }
+            let missing_bytes = match state.room_bytes() {
+                Some(room) if room < bytes => bytes - room,
+                _ => {
+                    state.reserved_bytes += bytes;
+                    return Ok(self.reservation(bytes));
+                }
+            };
+            let Some(left) = state.patience.checked_sub(begun.elapsed()) else {
+                return Err(Shortage::Starved { missing_bytes });
+            };
+            state.waiting_bytes += bytes;
+            state = sync::wait_timeout(&self.changed, state, left.min(LOOK_INTERVAL));
+            state.waiting_bytes -= bytes;
+        }
+    }
+
+    /// Reserves pool pages for a merge: `pages` of them, or as many as there are, or a few all the
+    /// same. Never waits: a merge gives back more than it takes. Returns how many.
+    pub(crate) fn reserve_for_merge(self: &Arc<Budget>, pages: u32) -> (Reservation, u32) {
+        let mut state = sync::lock(&self.state);
+        let room_pages = match state.room_bytes() {
+            Some(bytes) => u32::try_from(bytes / bytes_of(1)).unwrap_or(u32::MAX),
+            None => u32::MAX,
+        };
+        let granted = pages.min(room_pages.max(MERGE_OVERDRAFT_PAGES));
+        state.reserved_bytes += bytes_of(granted);
+        (self.reservation(bytes_of(granted)), granted)
+    }
+
+    fn reservation(self: &Arc<Budget>, bytes: u64) -> Reservation {
+        let budget = Arc::clone(self);
+        Reservation { budget, bytes }
+    }
+}
+
+/// Bytes that `pages` pages take.
+pub(crate) fn bytes_of(pages: u32) -> u64 {
+    pages_to_bytes(pages) as u64
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A gauge that is told what is in use.
+    #[derive(Debug, Default)]
+    pub(crate) struct Told(pub(crate) AtomicU64);
+
+    impl MemoryGauge for Told {
+        fn headroom_bytes(&self, budget_bytes: Option<u64>) -> Option<u64> {
+            Some(budget_bytes?.saturating_sub(self.0.load(Ordering::Relaxed)))
+        }
+    }
+
+    pub(crate) fn budget(bytes: u64) -> (Arc<Budget>, Arc<Told>) {
+        let (budget, told) = (Budget::new(), Arc::new(Told::default()));
+        budget.set_gauge(told.clone());
+        budget.set_bytes(Some(bytes));
+        (budget, told)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    proptest! {
+        #[test]
+        fn promises_and_use_never_exceed_the_budget_but_for_the_overdraft(
+            steps in proptest::collection::vec((0..4u8, 0..200u32, any::<usize>()), 1..100)
+        ) {
+            const BUDGET: u64 = 400 << 12;
+            let (budget, told) = budget(BUDGET);
+            budget.set_patience(Duration::ZERO);
+            let (mut held, mut used) = (Vec::new(), 0);
+            for (step, pages, pick) in steps {
+                let promised: u64 = held.iter().map(|r: &Reservation| r.bytes).sum();
+                let room = BUDGET.saturating_sub(used).saturating_sub(promised);
+                match step {
+                    0 => match budget.reserve(bytes_of(pages), || false) {
+                        Ok(reservation) => {
+                            prop_assert!(bytes_of(pages) <= room);
+                            held.push(reservation);
+                        }
+                        Err(shortage) => {
+                            let missing_bytes = bytes_of(pages) - room;
+                            prop_assert_eq!(shortage, Shortage::Starved { missing_bytes });
+                        }
+                    },
+                    1 => {
+                        let (reservation, granted) = budget.reserve_for_merge(pages);
+                        prop_assert!(granted <= pages);
+                        prop_assert!(bytes_of(granted) <= room.max(bytes_of(MERGE_OVERDRAFT_PAGES)));
+                        prop_assert!(granted > 0 || pages == 0);
+                        held.push(reservation);
+                    }
+                    // What was promised is taken.
+                    2 if !held.is_empty() => {
+                        let taken = held.swap_remove(pick % held.len());
+                        used += taken.bytes;
+                        told.0.store(used, Ordering::Relaxed);
+                    }
+                    // Something is given back.
+                    _ => {
+                        used -= used.min(bytes_of(pages));
+                        told.0.store(used, Ordering::Relaxed);
+                    }
+                }
+            }
+            drop(held);
+            prop_assert_eq!(sync::lock(&budget.state).reserved_bytes, 0);
+        }
+    }
+
+    #[test]
+    fn without_a_budget_everything_is_granted() {
+        let (budget, _) = budget(0);
+        budget.set_bytes(None);
+        assert!(budget.has_room(u64::MAX));
+        drop(budget.reserve(1 << 40, || false).unwrap());
+        assert_eq!(budget.reserve_for_merge(256).1, 256);
+    }
+
+    /// Somebody who waits for a page with an empty budget, on a thread of its own.
+    fn waiter(
+        budget: &Arc<Budget>,
+        is_cancelled: impl Fn() -> bool + Send + 'static,
+    ) -> thread::JoinHandle<Result<(), Shortage>> {
+        let theirs = budget.clone();
+        let waiter = thread::spawn(move || theirs.reserve(4096, is_cancelled).map(drop));
+        while budget.waiting_bytes() == 0 {
+            thread::yield_now();
+        }
+        waiter
+    }
+
+    #[test]
+    fn who_waits_is_fed_by_what_is_given_back() {
+        let (budget, told) = budget(1 << 20);
+        told.0.store(1 << 20, Ordering::Relaxed);
+        budget.set_patience(LONG);
+        let waiter = waiter(&budget, || false);
+        assert_eq!(budget.waiting_bytes(), 4096);
+        told.0.store(0, Ordering::Relaxed);
+        budget.wake();
+        assert_eq!(waiter.join().unwrap(), Ok(()));
+        assert_eq!(budget.waiting_bytes(), 0);
+    }
+
+    #[test]
+    fn who_waits_for_a_region_that_exits_is_sent_away() {
+        let (budget, _) = budget(0);
+        budget.set_patience(LONG);
+        let exiting = Arc::new(AtomicU64::new(0));
+        let theirs = exiting.clone();
+        let waiter = waiter(&budget, move || theirs.load(Ordering::Relaxed) > 0);
+        exiting.store(1, Ordering::Relaxed);
+        budget.wake();
+        assert_eq!(waiter.join().unwrap(), Err(Shortage::Cancelled));
+    }
+
+    #[test]
+    fn a_new_order_sends_away_who_waits_and_nobody_after() {
+        let (budget, told) = budget(4096);
+        told.0.store(4096, Ordering::Relaxed);
+        budget.set_patience(LONG);
+        let waiter = waiter(&budget, || false);
+        budget.cancel_waiters();
+        assert_eq!(waiter.join().unwrap(), Err(Shortage::Cancelled));
+        told.0.store(0, Ordering::Relaxed);
+        drop(budget.reserve(4096, || false).unwrap());
+    }
+
+    #[test]
+    fn patience_ends() {
+        let (budget, _) = budget(100);
+        budget.set_patience(Duration::ZERO);
+        let starved = budget.reserve(4096, || false).map(drop);
+        let missing_bytes = 3996;
+        assert_eq!(starved, Err(Shortage::Starved { missing_bytes }));
+        let text = io::Error::from(Shortage::Starved { missing_bytes }).to_string();
+        assert!(text.contains("3996 bytes"), "{text}");
+    }
+}

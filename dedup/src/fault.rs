@@ -1,0 +1,26 @@
+//! Faults on demand: in a build with the feature `failpoints`, a test can have the system calls that
+//! the engine lives on fail (crate `fail`). In any other build nothing of it is left.
+//!
+//! | point | fails |
+//! |---|---|
+//! | `memfd` | making the pool |
+//! | `mmap` | mapping pool pages, or anonymous memory, over a range |
+//! | `madvise` | dropping pages that are zeros or uncover the pool; making private copies |
+//! | `register` | taking a region on for write protection |
+//! | `userfaultfd` | protecting; never releasing, which cannot fail on a range that was protected |
+//! | `pool_write` | getting memory for a pool page |
+//! | `mremap` | healing a block |
+//! | `fallocate` | punching pages out of the pool |
+//! | `pagemap` | asking what lies behind pages |
+
+/// Leaves the function it stands in with `ENOMEM` when a test says so.
+macro_rules! may_fail {
+    ($point:literal) => {
+        #[cfg(feature = "failpoints")]
+        fail::fail_point!($point, |_| Err(std::io::Error::from_raw_os_error(
+            libc::ENOMEM
+        )));
+    };
+}
+
+pub(crate) use may_fail;

@@ -1,0 +1,330 @@
+//! Faults on demand: whatever fails, and in whatever order things are asked for, no guest reads a
+//! wrong word, no VM hangs, and nothing is left behind.
+
+mod guest;
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use dedup::{Pace, Run};
+use fail::FailScenario;
+use guest::{LONG, Lab, skip};
+use vmm::{EndReason, ErrorKind, VmConfig, VmId, VmState};
+
+/// Operations in all, by so many clients, on so many VMs.
+const OPERATIONS: usize = 10_000;
+const CLIENTS: u64 = 4;
+const VMS: u64 = 10;
+/// Longest that all of it may take.
+const TIME: Duration = Duration::from_secs(400);
+/// Faults that clients switch on and off. Not `fallocate`: pages that were not punched stay
+/// allocated until they are filled anew, so a recount would find them.
+const POINTS: [&str; 7] = [
+    "mmap",
+    "madvise",
+    "register",
+    "userfaultfd",
+    "pool_write",
+    "pagemap",
+    "kvm_create_vm",
+];
+
+fn pageload(seed: u64, write: &str) -> VmConfig {
+    let mut config = VmConfig::new(vmm::config::BUILTIN_PAGELOAD);
+    let args = format!("pageload seed={seed} write={write} writes_per_pass=32 pace_ms=20");
+    config.boot_source.boot_args = Some(args);
+    config.machine_config.mem_size_mib = 8;
+    config.samepage.oom_priority = i32::try_from(seed % 5).expect("small");
+    config
+}
+
+/// Polls until `done`, at a pace that leaves the machine to the guests.
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !done() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn passes(lab: &Lab, vm: &VmId) -> u64 {
+    let info = lab.monitor.info(vm).expect("it is there");
+    assert_eq!(info.state, VmState::Running, "{vm}");
+    info.report.map_or(0, |report| {
+        assert_eq!(report.verify_errors, 0, "{vm}");
+        report.verify_passes
+    })
+}
+
+#[test]
+fn a_vcpu_thread_that_panics_takes_its_vm_down_and_nothing_else() {
+    if skip() {
+        return;
+    }
+    let scenario = FailScenario::setup();
+    let lab = Lab::new();
+    let [good, bad] = ["good", "bad"].map(|id| lab.start(id, pageload(1, "hot")));
+    wait_until("both run", || {
+        passes(&lab, &good) > 0 && passes(&lab, &bad) > 0
+    });
+    fail::cfg("v0:bad", "panic").expect("a fail point");
+    match lab.end(&bad) {
+        EndReason::Error(text) => assert!(text.contains("panicked"), "{text}"),
+        other => panic!("{other:?}"),
+    }
+    let before = passes(&lab, &good);
+    wait_until("the other one goes on", || passes(&lab, &good) > before + 1);
+    // Its place can be taken, and the monitor merges on.
+    lab.monitor.delete(&bad).expect("it has ended");
+    let next = lab.start("next", pageload(2, "hot"));
+    wait_until("a new one runs", || passes(&lab, &next) > 0);
+    let deadline = Instant::now() + LONG;
+    assert!(lab.monitor.engine().wait_full_scans(1, deadline));
+    scenario.teardown();
+}
+
+#[test]
+fn every_system_call_of_a_merge_may_fail_and_merging_goes_on_when_they_succeed_again() {
+    if skip() {
+        return;
+    }
+    let scenario = FailScenario::setup();
+    let lab = Lab::new();
+    let eager = Pace {
+        pages_to_scan: 4096,
+        sleep_millisecs: 1,
+    };
+    lab.monitor.engine().set_pace(eager);
+    let vms = [1, 2].map(|seed| lab.start(&format!("vm{seed}"), pageload(seed, "merged")));
+    wait_until("both run", || vms.iter().all(|vm| passes(&lab, vm) > 0));
+    let engine = lab.monitor.engine();
+    let within = |time| Instant::now() + time;
+    for point in [
+        "mmap",
+        "madvise",
+        "userfaultfd",
+        "pool_write",
+        "fallocate",
+        "pagemap",
+    ] {
+        fail::cfg(point, "return").expect("a fail point");
+        assert!(engine.wait_full_scans(3, within(LONG)), "{point}");
+        let before = vms.each_ref().map(|vm| passes(&lab, vm));
+        wait_until("no guest is stopped by it", || {
+            vms.iter()
+                .zip(before)
+                .all(|(vm, before)| passes(&lab, vm) > before)
+        });
+        if point == "madvise" {
+            engine.set_run(Run::Unmerge).expect_err("no copies");
+            assert_eq!(engine.run(), Run::Stop);
+            engine.set_run(Run::Merge).expect("merging goes on");
+        }
+        fail::remove(point);
+        wait_until("pages are merged again", || {
+            engine.stats().pages_sharing > 200
+        });
+    }
+    scenario.teardown();
+}
+
+/// Numbers that tell nothing and can be had again (xorshift64).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+}
+
+/// One random operation; true if it was done. Being refused is fine; an error of the monitor's own
+/// that nobody injected is not.
+fn operate(lab: &Lab, dice: &mut Dice) -> bool {
+    let monitor = &lab.monitor;
+    let id: VmId = format!("vm{}", dice.roll(VMS)).parse().expect("an id");
+    let write = ["none", "hot", "merged"][usize::try_from(dice.roll(3)).expect("small")];
+    let done = match dice.roll(100) {
+        0..20 => monitor.create(id, pageload(dice.roll(1000), write)),
+        20..40 => monitor.start(&id),
+        40..50 => monitor.pause(&id),
+        50..60 => monitor.resume(&id),
+        60..68 => monitor.stop(&id),
+        68..80 => monitor.delete(&id),
+        80..84 => {
+            let run = match dice.roll(8) {
+                0 => Run::Stop,
+                1 => Run::Unmerge,
+                _ => Run::Merge,
+            };
+            // Fails for the injected faults, or by somebody else's order.
+            drop(monitor.engine().set_run(run));
+            Ok(())
+        }
+        84..86 => {
+            let mib = [None, None, Some(20), Some(30)];
+            let mib = mib[usize::try_from(dice.roll(4)).expect("small")];
+            monitor.set_memory_budget(mib.map(|mib| mib << 20));
+            monitor.set_unmerge_victims(dice.roll(4) == 0);
+            Ok(())
+        }
+        86..90 => {
+            let point = POINTS[usize::try_from(dice.roll(7)).expect("small")];
+            let fault = ["off", "2%return", "20%return"];
+            let fault = fault[usize::try_from(dice.roll(3)).expect("small")];
+            fail::cfg(point, fault).expect("a fail point");
+            Ok(())
+        }
+        90..94 => {
+            // Gives guests and worker the time to do something.
+            let soon = Instant::now() + Duration::from_millis(50);
+            if monitor.engine().wait_full_scans(2, soon) {
+                monitor.wait_ended(&id, soon);
+            }
+            Ok(())
+        }
+        _ => {
+            assert!(monitor.memory().use_bytes > 0);
+            monitor.info(&id).map(|info| {
+                let errors = info.report.map_or(0, |report| report.verify_errors);
+                assert_eq!(errors, 0, "{id}: {info:?}");
+                if let VmState::Ended(reason) = info.state {
+                    let expected = [EndReason::Stopped, EndReason::OomVictim];
+                    assert!(expected.contains(&reason), "{id}: {reason}");
+                }
+            })
+        }
+    };
+    if let Err(error) = &done {
+        let is_injected = error.to_string().contains("os error 12")
+            || error.to_string().contains("Cannot allocate memory");
+        assert!(
+            error.kind() != ErrorKind::Internal || is_injected,
+            "{error}"
+        );
+    }
+    done.is_ok()
+}
+
+fn entries(directory: &str) -> usize {
+    std::fs::read_dir(directory).expect(directory).count()
+}
+
+fn held() -> (usize, usize) {
+    (entries("/proc/self/task"), entries("/proc/self/fd"))
+}
+
+/// With all guests at a stand, the engine's counters must be those of a recount.
+fn recount(lab: &Lab) {
+    let (monitor, engine) = (&lab.monitor, lab.monitor.engine());
+    monitor.set_memory_budget(None);
+    engine
+        .set_run(Run::Merge)
+        .expect("nothing stands against merging");
+    // One at least is left to count, and can be started after all that.
+    lab.start("last", pageload(7, "hot"));
+    let alive: Vec<VmId> = monitor
+        .list()
+        .into_iter()
+        .filter(|vm| vm.state.is_alive())
+        .map(|vm| vm.id)
+        .collect();
+    for vm in &alive {
+        let errors = |vm| {
+            monitor
+                .info(vm)
+                .expect("it is there")
+                .report
+                .map_or(0, |r| r.verify_errors)
+        };
+        assert_eq!(errors(vm), 0, "{vm}");
+        monitor.pause(vm).expect("it runs or is paused");
+    }
+    // What was written last is noticed, and what was handed over is finished.
+    let is_scanned = engine.wait_full_scans(4, Instant::now() + LONG);
+    assert!(is_scanned, "{} VMs: {:?}", alive.len(), engine.stats());
+    let stats = engine.stats();
+    let merging = |vm| monitor.merge_stats(vm).expect("it is there").pages_merging;
+    let merging: u64 = alive.iter().map(merging).sum();
+    assert_eq!(
+        stats.pages_shared + stats.pages_sharing,
+        merging,
+        "{stats:?}"
+    );
+    assert_eq!(stats.slots, alive.len() as u64, "{stats:?}");
+    let pool_bytes = engine.process_memory().pool_bytes().expect("its size");
+    assert_eq!(
+        pool_bytes,
+        stats.pages_shared * 4096,
+        "the kernel's count of the pool"
+    );
+}
+
+#[test]
+fn ten_thousand_random_operations_with_faults_hang_nobody_and_leave_nothing() {
+    if skip() {
+        return;
+    }
+    let scenario = FailScenario::setup();
+    let before = held();
+    let lab = Lab::new();
+    let eager = Pace {
+        pages_to_scan: 4096,
+        sleep_millisecs: 1,
+    };
+    lab.monitor.engine().set_pace(eager);
+    let seed = std::env::var("SAMEPAGE_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
+    println!("SAMEPAGE_SEED={seed}");
+    let (begun, left) = (Instant::now(), AtomicUsize::new(OPERATIONS));
+    let (done, most_sharing) = (AtomicUsize::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            let (lab, left, done, most_sharing) = (&lab, &left, &done, &most_sharing);
+            scope.spawn(move || {
+                let mut dice = Dice(seed * 8 + client + 1);
+                let take = |left: usize| left.checked_sub(1);
+                while left
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+                    .is_ok()
+                {
+                    done.fetch_add(usize::from(operate(lab, &mut dice)), Ordering::Relaxed);
+                    let sharing = lab.monitor.engine().stats().pages_sharing;
+                    most_sharing.fetch_max(sharing, Ordering::Relaxed);
+                    assert!(begun.elapsed() < TIME, "client {client} is late");
+                }
+            });
+        }
+    });
+    POINTS.into_iter().for_each(fail::remove);
+    println!(
+        "{OPERATIONS} operations in {:?}: {done:?} done, {} VMs ended by the guard, \
+         at most {most_sharing:?} pages sharing",
+        begun.elapsed(),
+        lab.monitor.memory().oom_victims,
+    );
+    recount(&lab);
+    for vm in lab.monitor.list() {
+        if vm.state.is_alive() {
+            lab.monitor.stop(&vm.id).expect("it stops");
+        }
+        lab.monitor.delete(&vm.id).expect("it goes");
+    }
+    let engine = lab.monitor.engine();
+    wait_until("the worker finished every slot", || {
+        engine.stats().slots == 0
+    });
+    wait_until("nothing is left in the pool", || {
+        let stats = engine.stats();
+        let pool_bytes = engine.process_memory().pool_bytes().expect("its size");
+        (stats.pages_shared, stats.vmas, pool_bytes) == (0, 0, 0)
+    });
+    drop(lab);
+    wait_until("threads and descriptors are as before", || held() == before);
+    scenario.teardown();
+}
