@@ -1,6 +1,7 @@
 //! Ways in which the shutdown protocol could have been got wrong: the models must catch each.
 //!
-//! No product build has any of them: there, [`is`] is the constant `false`.
+//! No product build has any of them: there, [`is`] is the constant `false`. One of them can be built
+//! in by the feature `lock-before-free`, for a test with real memory.
 
 /// A mistake in the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +35,8 @@ pub(crate) fn is(mutant: Mutant) -> bool {
         .is_some_and(|chosen| *chosen == format!("{mutant:?}"))
 }
 
-/// Whether this mistake is to be made: never.
+/// Whether this mistake is to be made: never, but for what the test of the exit's order asks for.
 #[cfg(not(loom))]
-pub(crate) const fn is(_mutant: Mutant) -> bool {
-    false
+pub(crate) const fn is(mutant: Mutant) -> bool {
+    cfg!(feature = "lock-before-free") && matches!(mutant, Mutant::LockBeforeFree)
 }
