@@ -12,11 +12,11 @@ TEST_ARGS ?=
 export DEMO_ARGS TEST_THREADS TEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint guest build clean
+.PHONY: help demo test test-loom test-deep lint guest build clean
 
 help: ## List the targets
 	@echo 'Targets:'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo
 	@echo 'Settings: DEMO_ARGS=... TEST_ARGS=... TEST_THREADS=$(TEST_THREADS)'
 	@echo 'SAMEPAGE_SKIP_KVM=1 leaves out what needs /dev/kvm.'
@@ -25,7 +25,13 @@ demo: ## Build the release binary, run VMs on it and watch their memory merge
 	@$(STEPS) demo packages release demo
 
 test: ## Run everything a change must pass: format, lints, documents, tests
-	@$(STEPS) test packages format lints docs guest tests
+	@$(STEPS) test packages format lints docs loom guest tests
+
+test-loom: ## Run only the models of the shutdown protocol and their mutants (part of test)
+	@$(STEPS) test-loom packages loom
+
+test-deep: ## Run the models with more preemptions, and 200,000 random histories of the engine
+	@$(STEPS) test-deep packages loom random
 
 lint: ## Run only the checks that need no guest: format, lints, documents, house rules
 	@$(STEPS) lint packages format lints docs house

@@ -4,7 +4,7 @@
 #[expect(unsafe_code, reason = "the system calls that move pages")]
 pub(crate) mod linux;
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 pub(crate) mod fake;
 
 use std::io;

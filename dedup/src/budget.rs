@@ -14,13 +14,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
 use crate::page::pages_to_bytes;
-use crate::sync;
+use crate::sync::{self, Condvar, Mutex};
 
 /// Pages of the pool that a merge may fill although nothing is left. Two guests' pages go for
 /// each, so a worker that waited here would keep back what it waits for.

@@ -13,7 +13,7 @@ use crate::dirty::DirtySource;
 use crate::mapping::Mapping;
 use crate::merge_now::{MergeNowError, MergedNow};
 use crate::process_memory::ProcessMemory;
-use crate::region::{Region, RegionId};
+use crate::region::{RegionId, RegionRef};
 use crate::scanner::Scanner;
 use crate::shared::{ExitPath, Shared};
 use crate::stats::{RegionStats, Stats};
@@ -66,8 +66,8 @@ pub enum EngineError {
 #[derive(Debug)]
 pub struct Engine {
     // Before `shared`, so that the thread has ended when the last of the memory goes.
-    _worker: Worker<LinuxMemory>,
-    shared: Arc<Shared<LinuxMemory>>,
+    _worker: Worker<Scanner<LinuxMemory>>,
+    shared: Arc<Shared<Scanner<LinuxMemory>>>,
     userfaultfd: Arc<Userfaultfd>,
     memory: Arc<ProcessMemory>,
 }
@@ -134,32 +134,16 @@ impl Engine {
         })
     }
 
-    /// Starts or stops merging, or stops and unmerges everything. Setting what is set already
-    /// does nothing. `Unmerge` returns when no page is merged any more.
+    /// Starts or stops merging, or stops and unmerges everything. Setting `Stop` or `Merge` again
+    /// does nothing. `Stop` returns when the window in hand is done, after which nothing is merged.
+    /// `Unmerge` returns when no page is merged any more, also when another caller's was still at
+    /// it.
     ///
     /// # Errors
-    /// [`EngineError::Unmerge`] when private copies can't be had; `run` is `Stop` then.
+    /// [`EngineError::Unmerge`] when private copies can't be had; `run` is `Stop` then, unless
+    /// somebody has set it anew.
     pub fn set_run(&self, run: Run) -> Result<(), EngineError> {
-        {
-            let mut control = sync::lock(&self.shared.control);
-            if control.run == run {
-                return Ok(());
-            }
-            control.run = run;
-        }
-        // An unmerge that waits for memory waits for an order that is not given any more.
-        self.shared.budget.cancel_waiters();
-        self.shared.kick();
-        if run != Run::Unmerge {
-            return Ok(());
-        }
-        self.shared.unmerge_all().map_err(|error| {
-            let mut control = sync::lock(&self.shared.control);
-            if control.run == Run::Unmerge {
-                control.run = Run::Stop;
-            }
-            EngineError::Unmerge(error)
-        })
+        self.shared.set_run(run).map_err(EngineError::Unmerge)
     }
 
     /// Whether the engine merges.
@@ -244,8 +228,8 @@ impl Engine {
 /// A registered region, held by the VM whose memory it is.
 #[derive(Debug)]
 pub struct RegionHandle {
-    shared: Arc<Shared<LinuxMemory>>,
-    region: Arc<Region<LinuxMemory>>,
+    shared: Arc<Shared<Scanner<LinuxMemory>>>,
+    region: RegionRef<LinuxMemory>,
 }
 
 impl RegionHandle {
@@ -276,12 +260,12 @@ impl RegionHandle {
     pub fn merger(&self) -> RegionMerger {
         RegionMerger {
             shared: Arc::clone(&self.shared),
-            region: Arc::clone(&self.region),
+            region: RegionRef::clone(&self.region),
         }
     }
 
     /// Gives the region's memory back and takes it off the engine. vCPUs and devices of the VM
-    /// have stopped, and nobody else uses the mapping. Waits for one batch at most.
+    /// have stopped, and nobody else uses the mapping. Waits for one window at most.
     pub fn exit(self) -> ExitPath {
         self.shared.exit(&self.region)
     }
@@ -291,8 +275,8 @@ impl RegionHandle {
 /// long as this is there, so it is not for keeping.
 #[derive(Debug)]
 pub struct RegionMerger {
-    shared: Arc<Shared<LinuxMemory>>,
-    region: Arc<Region<LinuxMemory>>,
+    shared: Arc<Shared<Scanner<LinuxMemory>>>,
+    region: RegionRef<LinuxMemory>,
 }
 
 impl RegionMerger {

@@ -13,7 +13,7 @@
 //! - Bytes decide, never hashes.
 //! - A stable page is a fresh copy in the pool, never changes, and is punched out of the pool
 //!   when its last sharer has left.
-//! - A region can leave at any time (see [`RegionHandle::exit`]) and waits for one batch at most,
+//! - A region can leave at any time (see [`RegionHandle::exit`]) and waits for one window at most,
 //!   even if the worker is stopped, starving, or in the middle of that region.
 //! - Regions of one [`Engine`] share with each other and with nobody else.
 //!
@@ -28,6 +28,8 @@
 //! | `engine` | [`Engine`], [`RegionHandle`]: what users see | thin |
 //! | `worker` | the thread | thin |
 //! | `shared` | batch, exit, unmerge, reap: the protocol | locks |
+//! | `work` | what the protocol asks of the worker's state, as a trait | pure |
+//! | `mutant` | mistakes that the protocol's models must catch | pure |
 //! | `ring` | slots and cursor | pure |
 //! | `region` | a region, its lock, its `exiting` flag | locks |
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
@@ -59,8 +61,8 @@
 //!
 //! # Locks
 //! Total order, outermost first; a thread may skip locks but never go back:
-//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, or a window of a
-//!    `merge now`. Exits never take it.
+//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, a window of a `merge now`,
+//!    or an order to stop, which waits for those. Exits never take it.
 //! 2. *region locks* (`Region::lock`), for reading by the holder of 1, at most two at a time and
 //!    never one twice; for writing by the exit path, which holds nothing else.
 //! 3. the *control lock* (`Shared::control`): orders to the worker.
@@ -69,6 +71,9 @@
 //!    with 1 and 2 held, and lets go of both when the region exits or an order comes.
 //!
 //! A region's last reference is never dropped under 2, 4 or 5.
+//!
+//! `shared::models` runs all of this under loom, with every mistake that `mutant` names; the table
+//! of invariants is in ARCHITECTURE.md, section 4.
 
 mod advisor;
 mod backing;
@@ -92,6 +97,7 @@ mod keyed;
 mod mapping;
 mod merge;
 mod merge_now;
+mod mutant;
 mod page;
 mod places;
 mod pool_map;
@@ -112,6 +118,7 @@ mod unmerge;
 mod unstable;
 mod visit;
 mod watched;
+mod work;
 mod worker;
 
 pub use advisor::AdvisorMode;

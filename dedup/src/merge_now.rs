@@ -4,7 +4,6 @@
 //! that the region has calmed, so its pages are looked at twice in a row, with no interval between,
 //! and none is put off.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -12,9 +11,11 @@ use thiserror::Error;
 
 use crate::backing::Backing;
 use crate::control::Run;
-use crate::region::Region;
-use crate::shared::{Shared, window_from};
+use crate::region::RegionRef;
+use crate::scanner::Scanner;
+use crate::shared::Shared;
 use crate::sync;
+use crate::work::window_from;
 
 /// The first look finds what was written to since the last pass; what is left alone between the
 /// first and the second is calm.
@@ -48,9 +49,9 @@ pub enum MergeNowError {
     Exiting,
 }
 
-impl<B: Backing> Shared<B> {
+impl<B: Backing + std::fmt::Debug> Shared<Scanner<B>> {
     /// Scans a region at once.
-    pub(crate) fn merge_now(&self, region: &Arc<Region<B>>) -> Result<MergedNow, MergeNowError> {
+    pub(crate) fn merge_now(&self, region: &RegionRef<B>) -> Result<MergedNow, MergeNowError> {
         let begun = Instant::now();
         let merged_pages = || {
             let stats = *sync::lock(&region.stats);
@@ -79,7 +80,7 @@ impl<B: Backing> Shared<B> {
 
     /// Visits the next window from `next` on. Gives up the worker mutex afterwards, so that the
     /// worker, an unmerge, or an exit wait for one window at most.
-    fn turn(&self, region: &Arc<Region<B>>, next: &mut u32) -> Result<u64, MergeNowError> {
+    fn turn(&self, region: &RegionRef<B>, next: &mut u32) -> Result<u64, MergeNowError> {
         let mut scanner = self.lock_scanner();
         // Lock order: worker mutex -> control, released at once.
         if sync::lock(&self.control).run != Run::Merge {

@@ -7,9 +7,9 @@
 //! - otherwise the slot goes just after the cursor and is the next to be visited;
 //! - a slot under the cursor is neither unlinked nor moved by anybody but the cursor's owner.
 
-use std::sync::Arc;
-
+use crate::mutant::{self, Mutant};
 use crate::region::RegionId;
+use crate::sync::Arc;
 
 /// A registered region's place in the ring.
 #[derive(Debug)]
@@ -137,7 +137,7 @@ impl<R> Ring<R> {
         let Some(index) = self.slots.iter().position(|slot| slot.id == id) else {
             return Unlinked::Gone;
         };
-        if self.slots[index].has_items || self.is_under_cursor(index) {
+        if self.is_kept(index) {
             return Unlinked::Busy;
         }
         Unlinked::Freed(self.remove(index).region)
@@ -158,7 +158,7 @@ impl<R> Ring<R> {
         let Some(index) = self.slots.iter().position(|slot| slot.id == id) else {
             return;
         };
-        if self.is_under_cursor(index) {
+        if self.is_under_cursor(index) && !mutant::is(Mutant::CursorUnchecked) {
             return;
         }
         if self.cursor >= self.slots.len() {
@@ -177,6 +177,12 @@ impl<R> Ring<R> {
         self.slots.insert(place, slot);
     }
 
+    /// Whether the exit path must leave the slot to the worker.
+    fn is_kept(&self, index: usize) -> bool {
+        let has_items = self.slots[index].has_items && !mutant::is(Mutant::ItemsIgnored);
+        has_items || self.is_under_cursor(index)
+    }
+
     fn is_under_cursor(&self, index: usize) -> bool {
         self.engaged && index == self.cursor
     }
@@ -187,6 +193,32 @@ impl<R> Ring<R> {
             self.cursor -= 1;
         }
         slot
+    }
+}
+
+/// What a mutant needs.
+#[cfg(loom)]
+impl<R> Ring<R> {
+    /// [`Ring::try_unlink`]'s judgement without its deed.
+    pub(crate) fn would_unlink(&self, id: RegionId) -> bool {
+        let index = self.slots.iter().position(|slot| slot.id == id);
+        index.is_some_and(|index| !self.is_kept(index))
+    }
+}
+
+/// What the models look at.
+#[cfg(all(test, loom))]
+impl<R> Ring<R> {
+    /// The slot that the worker is on.
+    pub(crate) fn engaged(&self) -> Option<RegionId> {
+        assert!(self.cursor <= self.slots.len(), "the cursor is lost");
+        self.engaged.then(|| self.slots[self.cursor].id)
+    }
+
+    pub(crate) fn is_linked(&self, id: RegionId) -> bool {
+        let places = self.slots.iter().filter(|slot| slot.id == id).count();
+        assert!(places <= 1, "region {} has {places} slots", id.0);
+        places == 1
     }
 }
 

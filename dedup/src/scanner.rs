@@ -1,6 +1,6 @@
 //! What the holder of the worker mutex owns: items, stable pages, unstable candidates, counters.
 
-use std::sync::Arc;
+use std::sync::Arc as StdArc;
 use std::time::Instant;
 
 use crate::backing::{Backing, Pool};
@@ -17,7 +17,7 @@ use crate::places::Places;
 use crate::region::{Entered, Region, RegionId};
 use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
-use crate::sync;
+use crate::sync::{self, Arc};
 use crate::unstable::Unstable;
 
 /// A region that the worker has met, with what it knows of its pages.
@@ -43,7 +43,7 @@ impl<B> Attached<B> {
 pub(crate) struct Scanner<B: Backing> {
     pub(crate) pool: B::Pool,
     /// What may be allocated.
-    pub(crate) budget: Arc<Budget>,
+    pub(crate) budget: StdArc<Budget>,
     pub(crate) stable: StablePages,
     pub(crate) unstable: Unstable,
     attached: RegionMap<Attached<B>>,
@@ -288,7 +288,8 @@ impl<B: Backing> Scanner<B> {
     pub(crate) fn stats(&self) -> Stats {
         let mut stats = Stats {
             pages_shared: self.stable.shared_pages(),
-            pages_sharing: self.stable.sharers() - self.stable.shared_pages(),
+            // Saturating: a batch that panicked may have left founded pages without sharers.
+            pages_sharing: (self.stable.sharers()).saturating_sub(self.stable.shared_pages()),
             pages_scanned: self.pages_scanned,
             pages_skipped: self.pages_skipped,
             full_scans: self.full_scans,

@@ -1,29 +1,23 @@
-//! The protocol between the worker, exits, unmerge and registration, over any backing.
+//! The protocol between the worker, exits, unmerge and registration, over any memory.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc as StdArc;
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
-use crate::backing::Backing;
 use crate::budget::Budget;
 use crate::control::{Control, Run};
 use crate::dirty::DirtySource;
-use crate::page::{HUGE_PAGE_PAGES, PageRange, range_pages};
+use crate::mutant::{self, Mutant};
 use crate::region::{Region, RegionId};
 use crate::ring::{Ring, Unlinked};
-use crate::scanner::Scanner;
 use crate::stats::Stats;
-use crate::sync;
+use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, Ordering};
+use crate::work::Work;
 
-/// Pages between two looks at the exiting flag and at `run`. Windows lie as huge pages do, so that
-/// each is judged as a whole.
-const WINDOW_PAGES: u32 = HUGE_PAGE_PAGES;
-
-/// The window that begins at `start`, in a region of `pages` pages.
-pub(crate) fn window_from(start: u32, pages: u32) -> PageRange {
-    start..pages.min((start / WINDOW_PAGES + 1).saturating_mul(WINDOW_PAGES))
-}
+/// What a step costs a batch at least, in pages: a window without a page in memory takes a system
+/// call, and a region that exited has items to be dropped.
+const STEP_PAGES_MIN: u32 = 8;
 
 /// How a region left its engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,26 +43,26 @@ pub(crate) struct Batch {
 
 /// Everything that the engine's threads share. Lock order: see the crate's documentation.
 #[derive(Debug)]
-pub(crate) struct Shared<B: Backing> {
+pub(crate) struct Shared<W: Work> {
     /// The worker mutex: one batch, or an unmerge.
-    scanner: Mutex<Scanner<B>>,
+    scanner: Mutex<W>,
     /// The ring lock: never held over work.
-    ring: Mutex<Ring<Region<B>>>,
+    ring: Mutex<Ring<Region<W::Memory>>>,
     pub(crate) control: Mutex<Control>,
-    pub(crate) budget: Arc<Budget>,
+    pub(crate) budget: StdArc<Budget>,
     /// Wakes the worker.
     pub(crate) work: Condvar,
     published: Mutex<Stats>,
     next_id: AtomicU64,
 }
 
-impl<B: Backing> Shared<B> {
-    pub(crate) fn new(scanner: Scanner<B>, control: Control) -> Shared<B> {
-        let (stats, budget) = (scanner.stats(), Arc::clone(&scanner.budget));
+impl<W: Work> Shared<W> {
+    pub(crate) fn new(scanner: W, control: Control) -> Shared<W> {
+        let (stats, budget) = (scanner.stats(), scanner.budget());
         Shared {
             budget,
             scanner: Mutex::new(scanner),
-            ring: Mutex::default(),
+            ring: Mutex::new(Ring::default()),
             control: Mutex::new(control),
             work: Condvar::new(),
             published: Mutex::new(stats),
@@ -79,11 +73,11 @@ impl<B: Backing> Shared<B> {
     /// Puts memory on the ring.
     pub(crate) fn register(
         &self,
-        backing: B,
+        memory: W::Memory,
         source: Option<Box<dyn DirtySource>>,
-    ) -> Arc<Region<B>> {
+    ) -> Arc<Region<W::Memory>> {
         let id = RegionId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let region = Arc::new(Region::new(id, backing, source));
+        let region = Arc::new(Region::new(id, memory, source));
         sync::lock(&self.ring).enter(id, Arc::clone(&region));
         self.kick();
         region
@@ -94,14 +88,17 @@ impl<B: Backing> Shared<B> {
     /// Its order is that of the 2009 patch "ksm: fix oom deadlock" in free-first form: freeing
     /// before locking feeds a worker that waits for memory while it holds the region lock, which
     /// then sees the flag and lets go; locking first would wait for that worker for ever.
-    pub(crate) fn exit(&self, region: &Arc<Region<B>>) -> ExitPath {
+    pub(crate) fn exit(&self, region: &Arc<Region<W::Memory>>) -> ExitPath {
         let id = region.id();
         // Step 0: from here on nobody enters the region.
-        if !region.set_exiting() {
+        if !mutant::is(Mutant::PublishedLate) && !region.set_exiting() {
             return ExitPath::HandedOver;
         }
+        if mutant::is(Mutant::LockBeforeFree) {
+            region.lock_pass();
+        }
         // Step 1: give the memory back. The range stays reserved, pool references stay counted.
-        region.backing().free_all();
+        W::free_all(region.backing());
         // Whoever waits for memory inside now sees it, or sees the flag.
         self.budget.wake();
         // Fast path: judged and unlinked in one ring-lock section.
@@ -109,19 +106,33 @@ impl<B: Backing> Shared<B> {
             return ExitPath::Fast;
         }
         // Step 2: whoever was inside has left when this returns.
-        region.lock_pass();
+        if !mutant::is(Mutant::LockBeforeFree) {
+            region.lock_pass();
+        }
+        if mutant::is(Mutant::PublishedLate) {
+            region.set_exiting();
+        }
         // Step 3: hand the slot to the worker, the cursor looked at anew.
         if self.try_finish(id) {
             return ExitPath::Fast;
         }
         sync::lock(&self.ring).hand_over(id);
-        sync::lock(&self.control).reap = true;
+        if !mutant::is(Mutant::ReapForgotten) {
+            sync::lock(&self.control).reap = true;
+        }
         self.kick();
         ExitPath::HandedOver
     }
 
     /// Frees a slot that has no items and is not under the cursor.
     fn try_finish(&self, id: RegionId) -> bool {
+        #[cfg(loom)]
+        if mutant::is(Mutant::JudgedOutside) && !sync::lock(&self.ring).would_unlink(id) {
+            return false;
+        } else if mutant::is(Mutant::JudgedOutside) {
+            let slot = sync::lock(&self.ring).unlink(id);
+            return slot.is_some();
+        }
         // Bound first: the ring's reference must be dropped without the lock.
         let unlinked = sync::lock(&self.ring).try_unlink(id);
         match unlinked {
@@ -137,7 +148,7 @@ impl<B: Backing> Shared<B> {
     pub(crate) fn batch(&self, pages: u32) -> Batch {
         let mut scanner = sync::lock(&self.scanner);
         // Lock order: worker mutex -> control.
-        scanner.hurried = sync::lock(&self.control).waiters > 0;
+        scanner.set_hurried(sync::lock(&self.control).waiters > 0);
         let mut batch = Batch::default();
         let mut left = i64::from(pages);
         while left > 0 && batch.passes == 0 && sync::lock(&self.control).run == Run::Merge {
@@ -145,8 +156,7 @@ impl<B: Backing> Shared<B> {
                 break;
             };
             batch.pages += u64::from(visited);
-            // A window without a page in memory still takes a system call.
-            left -= i64::from(visited.max(WINDOW_PAGES / 64));
+            left -= i64::from(visited.max(STEP_PAGES_MIN));
         }
         batch.due_pages = scanner.due_pages();
         self.publish(&scanner);
@@ -154,10 +164,9 @@ impl<B: Backing> Shared<B> {
     }
 
     /// Visits one window, or finishes one exiting region. `None` when nothing is registered.
-    fn step(&self, scanner: &mut Scanner<B>, batch: &mut Batch) -> Option<u32> {
+    fn step(&self, scanner: &mut W, batch: &mut Batch) -> Option<u32> {
         // Lock order: worker mutex -> ring lock, released before the region lock is taken.
         let (id, region, page) = sync::lock(&self.ring).current()?;
-        let pages = region.backing().pages();
         let Some(inside) = region.enter() else {
             let (slot, ended) = sync::lock(&self.ring).unlink_current();
             scanner.detach(id);
@@ -168,33 +177,22 @@ impl<B: Backing> Shared<B> {
             return Some(0);
         };
         scanner.attach(&region);
-        if page == 0 {
-            scanner.begin_region(&inside);
-        }
-        let start = scanner.next_to_visit(id, page).unwrap_or(pages);
-        let window = window_from(start, pages);
-        let end = window.end;
-        let full_pages = range_pages(&window);
-        let visited = scanner
-            .scan_window(&inside, window)
-            .unwrap_or_else(|error| {
-                log::warn!("cannot scan region {}: {error}", id.0);
-                full_pages
-            });
+        let visited = scanner.visit(&inside, page);
         drop(inside);
         let ended = {
             let mut ring = sync::lock(&self.ring);
-            if end < pages {
-                ring.advance_page(end);
-                false
-            } else {
-                ring.advance_slot()
+            match visited.next {
+                Some(page) => {
+                    ring.advance_page(page);
+                    false
+                }
+                None => ring.advance_slot(),
             }
         };
         if ended {
             end_pass(scanner, batch);
         }
-        Some(visited)
+        Some(visited.pages)
     }
 
     /// Finishes every exiting region, whatever `run` says: a stopped worker leaks nothing.
@@ -210,6 +208,41 @@ impl<B: Backing> Shared<B> {
             }
         }
         self.publish(&scanner);
+    }
+
+    /// Has the engine merge, stop, or stop and unmerge. Stopping waits for the window in hand: once
+    /// this returns, nothing is merged. An unmerge always looks at every region, even if `run` says
+    /// so already: another caller's may still be under way.
+    ///
+    /// # Errors
+    /// When a private copy can't be had; `run` is `Stop` then, unless it was set anew meanwhile.
+    pub(crate) fn set_run(&self, run: Run) -> io::Result<()> {
+        {
+            let mut control = sync::lock(&self.control);
+            if control.run == run && run != Run::Unmerge {
+                return Ok(());
+            }
+            control.run = run;
+        }
+        // An unmerge that waits for memory waits for an order that is not given any more.
+        self.budget.cancel_waiters();
+        self.kick();
+        match run {
+            Run::Merge => return Ok(()),
+            Run::Stop => {
+                if !mutant::is(Mutant::StopUnawaited) {
+                    drop(sync::lock(&self.scanner));
+                }
+                return Ok(());
+            }
+            Run::Unmerge => {}
+        }
+        let unmerged = self.unmerge_all();
+        let mut control = sync::lock(&self.control);
+        if unmerged.is_err() && control.run == Run::Unmerge {
+            control.run = Run::Stop;
+        }
+        unmerged
     }
 
     /// Unmerges every region. Waits for the batch in hand, and keeps the worker out meanwhile.
@@ -229,8 +262,8 @@ impl<B: Backing> Shared<B> {
                 continue;
             };
             // A slot without items stays without: a fast exit remains possible.
-            if scanner.region(id).is_some()
-                && let Err(error) = scanner.unmerge_region(&inside)
+            if scanner.is_attached(id)
+                && let Err(error) = scanner.unmerge(&inside)
             {
                 failed = Some(error);
                 break;
@@ -239,8 +272,7 @@ impl<B: Backing> Shared<B> {
             self.publish(&scanner);
         }
         if failed.is_none() {
-            scanner.unstable.forget_all();
-            scanner.full_scans = 0;
+            scanner.start_over();
         }
         scanner.reclaim();
         self.publish(&scanner);
@@ -285,7 +317,7 @@ impl<B: Backing> Shared<B> {
         self.work.notify_all();
     }
 
-    pub(crate) fn lock_scanner(&self) -> MutexGuard<'_, Scanner<B>> {
+    pub(crate) fn lock_scanner(&self) -> MutexGuard<'_, W> {
         sync::lock(&self.scanner)
     }
 
@@ -294,16 +326,17 @@ impl<B: Backing> Shared<B> {
         sync::lock(&self.ring).mark_items(id)
     }
 
-    pub(crate) fn publish(&self, scanner: &Scanner<B>) {
+    pub(crate) fn publish(&self, scanner: &W) {
         *sync::lock(&self.published) = scanner.stats();
     }
 }
 
-fn end_pass<B: Backing>(scanner: &mut Scanner<B>, batch: &mut Batch) {
-    scanner.end_pass();
+fn end_pass<W: Work>(scanner: &mut W, batch: &mut Batch) {
     batch.passes += 1;
-    batch.changes = std::mem::take(&mut scanner.changes);
+    batch.changes = scanner.end_pass();
 }
 
-#[cfg(test)]
+#[cfg(all(test, loom))]
+mod models;
+#[cfg(all(test, not(loom)))]
 mod tests;

@@ -4,11 +4,23 @@
 //! consistent at each point where it may panic (guards wake what they protected on drop, counters
 //! are kept beside the items they count), and refusing to go on would turn one failed batch into
 //! a monitor in which no VM can shut down.
+//!
+//! And which library they come from: with `--cfg loom` the protocol runs on loom's, which tries
+//! every order of their operations (`shared::models`).
 
-use std::sync::{
-    Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-};
+use std::sync::PoisonError;
 use std::time::Duration;
+
+#[cfg(loom)]
+pub(crate) use loom::sync::{
+    Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicBool, Ordering},
+};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicBool, Ordering},
+};
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -94,5 +94,5 @@ impl<B: Backing> Scanner<B> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

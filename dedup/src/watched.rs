@@ -191,7 +191,7 @@ mod tests {
     use crate::scanner::Scanner;
     use crate::shared::Shared;
 
-    fn world(pages: u32) -> (Shared<FakeMemory>, FakeMemory) {
+    fn world(pages: u32) -> (Shared<Scanner<FakeMemory>>, FakeMemory) {
         let pool = FakePool::default();
         let mut scanner = Scanner::new(pool.clone(), 1000);
         scanner.intervals = Intervals::new(Duration::ZERO, Instant::now());

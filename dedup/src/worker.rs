@@ -1,15 +1,16 @@
 //! The worker: one thread per domain that scans at its pace and finishes what has exited.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use crate::backing::Backing;
 use crate::control::Run;
 use crate::shared::Shared;
 use crate::stopwatch::Stopwatch;
 use crate::sync;
+use crate::work::Work;
 
 /// What the worker does next.
 enum Next {
@@ -20,17 +21,20 @@ enum Next {
 
 /// The thread, stopped and joined on drop.
 #[derive(Debug)]
-pub(crate) struct Worker<B: Backing> {
-    shared: Arc<Shared<B>>,
+pub(crate) struct Worker<W: Work> {
+    shared: Arc<Shared<W>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl<B: Backing> Worker<B> {
-    pub(crate) fn spawn(shared: &Arc<Shared<B>>) -> io::Result<Worker<B>> {
+impl<W: Work + Send + 'static> Worker<W>
+where
+    W::Memory: Send + Sync + 'static,
+{
+    pub(crate) fn spawn(shared: &Arc<Shared<W>>) -> io::Result<Worker<W>> {
         let theirs = Arc::clone(shared);
         let thread = thread::Builder::new()
             .name("dedup".to_owned())
-            .spawn(move || while work(&theirs) {})?;
+            .spawn(move || while work_unless_it_panics(&theirs) {})?;
         Ok(Worker {
             shared: Arc::clone(shared),
             thread: Some(thread),
@@ -38,7 +42,7 @@ impl<B: Backing> Worker<B> {
     }
 }
 
-impl<B: Backing> Drop for Worker<B> {
+impl<W: Work> Drop for Worker<W> {
     fn drop(&mut self) {
         sync::lock(&self.shared.control).stop = true;
         self.shared.work.notify_all();
@@ -50,8 +54,33 @@ impl<B: Backing> Drop for Worker<B> {
     }
 }
 
+/// One round, and a panic in it means only that merging stops. The thread goes on, because exits
+/// depend on it: it finishes what was handed over, so that no region is leaked. At most a run of
+/// pool pages is: whether a guest was mapped to them is not known, and punching them would show.
+fn work_unless_it_panics<W: Work>(shared: &Shared<W>) -> bool {
+    // What is left behind is consistent enough to let regions go: see `sync` on poison.
+    if let Ok(goes_on) = catch_unwind(AssertUnwindSafe(|| work(shared))) {
+        return goes_on;
+    }
+    log::error!("the dedup worker panicked, run is now stop");
+    let mut control = sync::lock(&shared.control);
+    control.run = Run::Stop;
+    // A slot that was handed over to the scan would not come up any more.
+    control.reap = true;
+    // Nobody waits for a pass that will not end.
+    shared.work.notify_all();
+    drop(control);
+    // Should reaping panic as well, it does so at the pace of batches.
+    pause(shared)
+}
+
 /// One round. False when the worker is to end.
-fn work<B: Backing>(shared: &Shared<B>) -> bool {
+fn work<W: Work>(shared: &Shared<W>) -> bool {
+    act(shared) && pause(shared)
+}
+
+/// Waits for something to do, and does it. False when the worker is to end.
+pub(crate) fn act<W: Work>(shared: &Shared<W>) -> bool {
     match wait_for_work(shared) {
         Next::Stop => return false,
         Next::Reap => shared.reap(),
@@ -66,10 +95,10 @@ fn work<B: Backing>(shared: &Shared<B>) -> bool {
             }
         }
     }
-    pause(shared)
+    true
 }
 
-fn wait_for_work<B: Backing>(shared: &Shared<B>) -> Next {
+fn wait_for_work<W: Work>(shared: &Shared<W>) -> Next {
     let mut control = sync::lock(&shared.control);
     loop {
         control.kicked = false;
@@ -91,7 +120,7 @@ fn wait_for_work<B: Backing>(shared: &Shared<B>) -> Next {
 }
 
 /// Pauses as the pace says, unless something happens. False when the worker is to end.
-fn pause<B: Backing>(shared: &Shared<B>) -> bool {
+fn pause<W: Work>(shared: &Shared<W>) -> bool {
     let mut control = sync::lock(&shared.control);
     let begun = Instant::now();
     let until = begun + control.pause();
@@ -107,3 +136,6 @@ fn pause<B: Backing>(shared: &Shared<B>) -> bool {
     }
     !control.stop
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

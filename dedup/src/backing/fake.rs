@@ -29,13 +29,15 @@ pub(crate) struct FakePool {
     interruption: Arc<Mutex<Option<Interruption>>>,
 }
 
-/// Where a merge can be interrupted by an exit.
+/// Where the worker can be interrupted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
     /// While a run is copied into the pool, after its first page.
     Fill,
     /// While pages are compared with stable pages, after the first pair.
     Compare,
+    /// Before pages get private copies.
+    Unshare,
 }
 
 struct Interruption(Moment, Box<dyn FnOnce() + Send>);
@@ -380,6 +382,7 @@ impl Backing for FakeMemory {
     }
 
     fn unshare(&self, range: PageRange) -> io::Result<()> {
+        self.pool.reach(Moment::Unshare);
         for page in range {
             self.call()?;
             let content = self.content(page);

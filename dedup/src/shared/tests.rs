@@ -10,6 +10,7 @@ use crate::backing::fake::{Content, FakeMemory, FakePage, FakePool, Moment};
 use crate::backoff::Intervals;
 use crate::control::Pace;
 use crate::merge_now::MergeNowError;
+use crate::scanner::Scanner;
 
 const PAGES: u32 = 24;
 
@@ -83,7 +84,7 @@ struct Guest {
 }
 
 struct World {
-    shared: Shared<FakeMemory>,
+    shared: Shared<Scanner<FakeMemory>>,
     pool: FakePool,
     guests: Vec<Guest>,
     registered: u32,
@@ -296,8 +297,16 @@ impl World {
     }
 }
 
+/// Histories to try, where the environment (`PROPTEST_CASES`) does not say.
+const CASES: u32 = 4000;
+
+fn cases() -> u32 {
+    let given = std::env::var("PROPTEST_CASES").ok();
+    given.and_then(|text| text.parse().ok()).unwrap_or(CASES)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4000))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
     #[test]
     fn every_guest_reads_what_it_wrote_and_every_counter_can_be_recounted(
         steps in proptest::collection::vec(step(), 1..60),
@@ -323,4 +332,5 @@ proptest! {
     }
 }
 
+mod orders;
 mod scenarios;

@@ -43,7 +43,7 @@ impl MemoryGauge for Recount {
 }
 
 struct World {
-    shared: Arc<Shared<FakeMemory>>,
+    shared: Arc<Shared<Scanner<FakeMemory>>>,
     memories: Vec<FakeMemory>,
     regions: Vec<Arc<Region<FakeMemory>>>,
     recount: Arc<Recount>,

@@ -1,6 +1,7 @@
 //! Single turns of events that random steps hardly ever take.
 
 use super::*;
+use crate::backing::Backing;
 
 #[test]
 fn an_exit_while_the_cursor_rests_on_the_region_leaves_it_to_the_worker() {
