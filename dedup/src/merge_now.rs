@@ -11,11 +11,12 @@ use thiserror::Error;
 
 use crate::backing::Backing;
 use crate::control::Run;
+use crate::mutant::{self, Mutant};
 use crate::region::RegionRef;
 use crate::scanner::Scanner;
 use crate::shared::Shared;
 use crate::sync;
-use crate::work::window_from;
+use crate::work::{Visited, Work};
 
 /// The first look finds what was written to since the last pass; what is left alone between the
 /// first and the second is calm.
@@ -60,9 +61,11 @@ impl<B: Backing + std::fmt::Debug> Shared<Scanner<B>> {
         let before = merged_pages();
         let mut pages_scanned = 0;
         for _ in 0..LOOKS {
-            let mut next = 0;
-            while next < region.backing().pages() {
-                pages_scanned += self.turn(region, &mut next)?;
+            let mut next = Some(0);
+            while let Some(page) = next {
+                let visited = self.turn(region, page)?;
+                pages_scanned += u64::from(visited.pages);
+                next = visited.next;
             }
         }
         let (after, stats) = (merged_pages(), *sync::lock(&region.stats));
@@ -77,10 +80,16 @@ impl<B: Backing + std::fmt::Debug> Shared<Scanner<B>> {
             duration_us: as_micros(begun.elapsed()),
         })
     }
+}
 
+impl<W: Work> Shared<W> {
     /// Visits the next window from `next` on. Gives up the worker mutex afterwards, so that the
     /// worker, an unmerge, or an exit wait for one window at most.
-    fn turn(&self, region: &RegionRef<B>, next: &mut u32) -> Result<u64, MergeNowError> {
+    pub(crate) fn turn(
+        &self,
+        region: &RegionRef<W::Memory>,
+        page: u32,
+    ) -> Result<Visited, MergeNowError> {
         let mut scanner = self.lock_scanner();
         // Lock order: worker mutex -> control, released at once.
         if sync::lock(&self.control).run != Run::Merge {
@@ -89,28 +98,16 @@ impl<B: Backing + std::fmt::Debug> Shared<Scanner<B>> {
         // Lock order: worker mutex -> region lock -> ring. The slot must have items in the exit
         // path's eyes before it has any: an exit that unlinked it by itself would leave them behind.
         let inside = region.enter().ok_or(MergeNowError::Exiting)?;
-        if !self.mark_items(region.id()) {
+        if !mutant::is(Mutant::ItemsUnmarked) && !self.mark_items(region.id()) {
             return Err(MergeNowError::Exiting);
         }
         scanner.attach(region);
-        let was_hurried = std::mem::replace(&mut scanner.hurried, true);
-        if *next == 0 {
-            scanner.begin_region(&inside);
-        }
-        let pages = region.backing().pages();
-        let start = scanner.next_to_visit(region.id(), *next).unwrap_or(pages);
-        let window = window_from(start, pages);
-        *next = window.end;
-        let visited = scanner.scan_window(&inside, window);
-        scanner.hurried = was_hurried;
+        // Each batch says anew whether it hurries.
+        scanner.set_hurried(true);
+        let visited = scanner.visit(&inside, page);
+        scanner.set_hurried(false);
         self.publish(&scanner);
-        Ok(visited.map_or_else(
-            |error| {
-                log::warn!("cannot scan region {}: {error}", region.id().0);
-                0
-            },
-            u64::from,
-        ))
+        Ok(visited)
     }
 }
 

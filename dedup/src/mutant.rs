@@ -21,6 +21,8 @@ pub(crate) enum Mutant {
     PublishedLate,
     /// Nobody is told of a slot that was handed over to a worker that does not scan.
     ReapForgotten,
+    /// `merge now` gives a slot items without saying so to the exit path.
+    ItemsUnmarked,
     /// Stopping returns while a window is still being scanned.
     StopUnawaited,
 }

@@ -17,7 +17,7 @@ use crate::sync::Arc;
 const WINDOW_PAGES: u32 = HUGE_PAGE_PAGES;
 
 /// The window that begins at `start`, in a region of `pages` pages.
-pub(crate) fn window_from(start: u32, pages: u32) -> PageRange {
+fn window_from(start: u32, pages: u32) -> PageRange {
     start..pages.min((start / WINDOW_PAGES + 1).saturating_mul(WINDOW_PAGES))
 }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dedup::{Engine, Mapping, MemoryGauge, PAGE_SIZE_BYTES, RegionHandle, Run, Settings};
+use dedup::{Engine, Headroom, Mapping, MemoryGauge, PAGE_SIZE_BYTES, RegionHandle, Run, Settings};
 
 const PAGES: usize = 256;
 
@@ -43,7 +43,7 @@ impl OnePage {
 }
 
 impl MemoryGauge for OnePage {
-    fn headroom_bytes(&self, _budget_bytes: Option<u64>) -> Option<u64> {
+    fn headroom(&self, _budget_bytes: Option<u64>) -> Option<Headroom> {
         self.is_asked.store(true, Ordering::SeqCst);
         if !poll_until(|| !self.is_in_memory()) {
             // The test goes on, to fail instead of hanging.

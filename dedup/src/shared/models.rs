@@ -1,5 +1,5 @@
 //! The protocol under loom, which runs each model in every order of its threads' operations on
-//! locks, condition variables and the exiting flag.
+//! locks, condition variables and the exiting flag, up to a number of preemptions.
 //!
 //! Everything is the engine's own code but the memory and what is done with it: `toy`.
 //! ARCHITECTURE.md tells which of KSM's invariants each model holds.
@@ -87,6 +87,27 @@ fn an_exit_meets_a_merge_that_has_its_region_as_partner() {
         worker.join().expect("the worker goes on");
         world.assert_linked(&scanned);
         world.exit(scanned);
+        world.finish();
+    });
+}
+
+#[test]
+fn an_exit_meets_a_merge_now() {
+    explore(|| {
+        let world = World::new(Run::Merge);
+        let (region, other) = (world.register(), world.register());
+        let caller = {
+            let (shared, region) = (world.shared.clone(), Arc::clone(&region));
+            thread::spawn(move || shared.turn(&region, 0).is_ok())
+        };
+        let worker = world.spawn(|shared| {
+            shared.batch(1);
+        });
+        world.exit(region);
+        caller.join().expect("the caller is told");
+        worker.join().expect("the worker goes on");
+        world.assert_linked(&other);
+        world.exit(other);
         world.finish();
     });
 }

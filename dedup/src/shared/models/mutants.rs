@@ -88,3 +88,9 @@ fn not_waiting_for_the_window_in_hand_lets_a_merge_happen_after_the_stop() {
     let model = "nothing_is_scanned_once_stopping_has_returned";
     assert_caught(Mutant::StopUnawaited, model, "goes on after it was stopped");
 }
+
+#[test]
+fn giving_a_slot_items_unseen_leaks_them() {
+    let model = "an_exit_meets_a_merge_now";
+    assert_caught(Mutant::ItemsUnmarked, model, "without a slot");
+}

@@ -105,6 +105,8 @@ impl Drop for Memory {
 #[derive(Debug)]
 pub(super) struct Toy {
     attached: Vec<RegionRef<Memory>>,
+    /// Somebody works on a region without being the cursor's owner.
+    hurried: bool,
     shared: Weak<Shared<Toy>>,
     frames: Arc<Frames>,
 }
@@ -151,8 +153,10 @@ impl Work for Toy {
         memory.touch();
         if let Some(shared) = self.shared.upgrade() {
             // Lock order: worker mutex -> region lock -> ring lock.
-            let engaged = sync::lock(&shared.ring).engaged();
-            assert_eq!(engaged, Some(inside.region.id()), "the cursor is elsewhere");
+            let (id, ring) = (inside.region.id(), sync::lock(&shared.ring));
+            assert!(ring.is_linked(id), "a region is visited without a slot");
+            let is_under_cursor = ring.engaged() == Some(id);
+            assert!(is_under_cursor || self.hurried, "the cursor is elsewhere");
         }
         if self.frames.is_merging.load(Ordering::SeqCst) {
             self.merge_with_others(inside.region.id());
@@ -182,7 +186,9 @@ impl Work for Toy {
         Ok(())
     }
 
-    fn set_hurried(&mut self, _hurried: bool) {}
+    fn set_hurried(&mut self, hurried: bool) {
+        self.hurried = hurried;
+    }
 
     fn due_pages(&self) -> u64 {
         0
@@ -233,6 +239,7 @@ impl World {
         let shared = Arc::new_cyclic(|shared| {
             let toy = Toy {
                 attached: Vec::new(),
+                hurried: false,
                 shared: Weak::clone(shared),
                 frames: Arc::clone(&frames),
             };
