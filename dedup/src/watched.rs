@@ -181,7 +181,7 @@ impl<B: Backing> Scanner<B> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::time::{Duration, Instant};
 
