@@ -62,6 +62,11 @@ impl Items {
         self.vmas
     }
 
+    /// Pages of the region.
+    pub(crate) fn pages(&self) -> u32 {
+        u32::try_from(self.items.len()).unwrap_or(u32::MAX)
+    }
+
     pub(crate) fn metadata_bytes(&self) -> u64 {
         (self.items.len() * size_of::<Item>()) as u64
     }

@@ -42,7 +42,7 @@
 //! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
 //! | `heal` | mappings that are not worth it any more | policy |
 //! | `huge` | which huge pages are split | policy |
-//! | `places` | guesses: what was shared where | pure |
+//! | `places` | guesses: who shared last | pure |
 //! | `merge_now` | one region at once, on its caller's thread | protocol |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `budget` | [`MemoryGauge`]; what is promised of the memory that is left | locks |

@@ -156,7 +156,7 @@ impl<B: Backing> Scanner<B> {
             self.items(id).set_state(page, PageState::Stable(pool_page));
             self.stable.add_sharer(pool_page);
         }
-        self.places.note(part, first);
+        self.places.note(id);
         self.changes += u64::from(range_pages(part));
     }
 }

@@ -2,45 +2,35 @@
 //!
 //! VMs born from one image hold the same content at the same place, and content that moved mostly
 //! moved in runs. A right guess is compared under protection at once, so the page is read once
-//! instead of twice, and not hashed at all.
+//! instead of twice, and not hashed at all. What a guess is made of is known anyway: the items of
+//! the regions that shared last. A table of what was shared at each place was rejected: 4 bytes a
+//! page, which count against what is saved.
 
-use crate::page::{PageRange, PoolPage};
+use crate::region::RegionId;
 
-/// For each page number the stable page last shared there, by any region.
+/// Regions that are remembered: fleets of so many images can come up at the same time.
+const REMEMBERED: usize = 2;
+
+/// The regions that were last mapped to stable pages, the latest first.
 #[derive(Debug, Default)]
 pub(crate) struct Places {
-    /// One more than the pool page; 0 where nothing was shared yet.
-    places: Vec<u32>,
+    recent: [Option<RegionId>; REMEMBERED],
 }
 
 impl Places {
-    /// Pages `part` of some region were mapped to the pool's pages from `first` on.
-    pub(crate) fn note(&mut self, part: &PageRange, first: PoolPage) {
-        let end = part.end as usize;
-        if self.places.len() < end {
-            self.places.reserve_exact(end - self.places.len());
-            self.places.resize(end, 0);
+    /// Pages of a region were mapped to stable pages.
+    pub(crate) fn note(&mut self, id: RegionId) {
+        if self.recent[0] == Some(id) {
+            return;
         }
-        for (place, pool_page) in self.places[part.start as usize..end]
-            .iter_mut()
-            .zip(first.0 + 1..)
-        {
-            *place = pool_page;
-        }
+        let known = self.recent.iter().position(|&recent| recent == Some(id));
+        self.recent[..=known.unwrap_or(REMEMBERED - 1)].rotate_right(1);
+        self.recent[0] = Some(id);
     }
 
-    /// The stable page last shared at this page number. It may have died since.
-    pub(crate) fn at(&self, page: u32) -> Option<PoolPage> {
-        let place = *self.places.get(page as usize)?;
-        place.checked_sub(1).map(PoolPage)
-    }
-
-    pub(crate) fn forget_all(&mut self) {
-        self.places = Vec::new();
-    }
-
-    pub(crate) fn metadata_bytes(&self) -> u64 {
-        (self.places.capacity() * size_of::<u32>()) as u64
+    /// The regions, the latest first. They may have left since.
+    pub(crate) fn recent(&self) -> impl Iterator<Item = RegionId> {
+        self.recent.into_iter().flatten()
     }
 }
 
@@ -49,15 +39,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_page_shared_at_a_place_is_the_guess() {
+    fn the_latest_regions_are_remembered_each_once() {
         let mut places = Places::default();
-        assert_eq!(places.at(5), None);
-        places.note(&(4..7), PoolPage(0));
-        assert_eq!(places.at(3), None);
-        assert_eq!(places.at(4), Some(PoolPage(0)));
-        places.note(&(5..6), PoolPage(40));
-        assert_eq!(places.at(5), Some(PoolPage(40)));
-        assert_eq!(places.at(6), Some(PoolPage(2)));
-        assert_eq!(places.at(7), None);
+        let recent = |places: &Places| places.recent().map(|id| id.0).collect::<Vec<_>>();
+        for id in [1, 1, 2, 1] {
+            places.note(RegionId(id));
+        }
+        assert_eq!(recent(&places), [1, 2]);
+        places.note(RegionId(3));
+        assert_eq!(recent(&places), [3, 1]);
     }
 }

@@ -60,7 +60,7 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) huge_page_shared_pages_min: u32,
     /// Mappings in a block from which on it may be healed.
     pub(crate) heal_vmas_min: u32,
-    /// What was shared where, to guess by.
+    /// Who shared last, to guess by.
     pub(crate) places: Places,
     /// Where a page is copied to, to be hashed.
     pub(crate) scratch: Box<PageBuf>,
@@ -181,6 +181,14 @@ impl<B: Backing> Scanner<B> {
         self.attached.get_mut(&id)
     }
 
+    /// The page of the pool that a page of a region is mapped to, if there is such a page.
+    pub(crate) fn pool_page_at(&self, id: RegionId, page: u32) -> Option<PoolPage> {
+        let items = &self.attached.get(&id)?.items;
+        (page < items.pages())
+            .then(|| items.pool_page_under(page))
+            .flatten()
+    }
+
     /// Pages that a pass has to visit.
     pub(crate) fn due_pages(&self) -> u64 {
         let due_pages = |attached: &Attached<B>| u64::from(attached.due_pages);
@@ -223,9 +231,6 @@ impl<B: Backing> Scanner<B> {
             }
         }
         self.stable.reclaim();
-        if self.stable.shared_pages() == 0 {
-            self.places.forget_all();
-        }
     }
 
     /// Whether the VMA budget allows `added` more VMAs for the sake of `pages` pages. The fuller
@@ -298,9 +303,7 @@ impl<B: Backing> Scanner<B> {
             vma_budget: self.vma_budget,
             ..Stats::default()
         };
-        let mut metadata_bytes = self.stable.metadata_bytes()
-            + self.unstable.metadata_bytes()
-            + self.places.metadata_bytes();
+        let mut metadata_bytes = self.stable.metadata_bytes() + self.unstable.metadata_bytes();
         for attached in self.attached.values() {
             let counts = attached.items.counts();
             stats.pages_unshared += u64::from(counts.unshared_pages);

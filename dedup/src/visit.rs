@@ -180,8 +180,9 @@ impl<B: Backing> Scanner<B> {
         self.plan_calm(id, page, read, plan);
     }
 
-    /// The stable page that a page is likely to be equal to: the one after its neighbour's, else
-    /// the one that was shared at this place before. Only if the page begins like it.
+    /// The stable page that a page is likely to be equal to: the one after its neighbour's, the one
+    /// that it was mapped to itself before it was written to, or the one at this place in a region
+    /// that shared lately. Only if the page begins like it.
     pub(crate) fn guess(
         &self,
         inside: &Entered<'_, B>,
@@ -194,9 +195,9 @@ impl<B: Backing> Scanner<B> {
             .flatten()
             .find(|&&(before, _)| before + 1 == page)
             .map(|&(_, pool_page)| pool_page.plus(1));
-        [next, self.places.at(page)]
-            .into_iter()
-            .flatten()
+        let places = std::iter::once(inside.region.id()).chain(self.places.recent());
+        next.into_iter()
+            .chain(places.filter_map(|id| self.pool_page_at(id, page)))
             .filter(|&pool_page| self.stable.sharers_of(pool_page) > 0)
             .find(|&pool_page| inside.backing().may_equal_pool(page, &self.pool, pool_page))
     }
