@@ -7,7 +7,9 @@
 //! | `mmap` | mapping pool pages, or anonymous memory, over a range |
 //! | `madvise` | dropping pages that are zeros or uncover the pool; making private copies |
 //! | `register` | taking a region on for write protection |
-//! | `userfaultfd` | protecting; never releasing, which cannot fail on a range that was protected |
+//! | `userfaultfd` | protecting |
+//! | `register_again` | registering what was mapped anew in a range that is about to be released |
+//! | `release` | releasing a range as a whole; never page by page, which cannot fail on a page that was protected |
 //! | `pool_write` | getting memory for a pool page |
 //! | `mremap` | healing a block |
 //! | `fallocate` | punching pages out of the pool |

@@ -1,10 +1,16 @@
 //! A model of memory for tests: the same trait, no kernel, and a look behind the pages.
 
+mod call;
+mod pool;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::{Backing, Pool, Residency};
+pub(crate) use call::Call;
+pub(crate) use pool::{FakePool, Moment};
+
+use super::{Backing, Residency};
 use crate::dirty::{DirtySource, PageSet};
 use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage};
 use crate::sync;
@@ -21,87 +27,6 @@ pub(crate) enum FakePage {
     Shared(PoolPage),
 }
 
-/// The pool of the model: content by pool page, `None` where nothing was written or all punched.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct FakePool {
-    pages: Arc<Mutex<Vec<Option<Content>>>>,
-    /// What happens in the middle of a merge.
-    interruption: Arc<Mutex<Option<Interruption>>>,
-}
-
-/// Where the worker can be interrupted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Moment {
-    /// While a run is copied into the pool, after its first page.
-    Fill,
-    /// While pages are compared with stable pages, after the first pair.
-    Compare,
-    /// Before pages get private copies.
-    Unshare,
-}
-
-struct Interruption(Moment, Box<dyn FnOnce() + Send>);
-
-impl std::fmt::Debug for Interruption {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "Interruption({:?})", self.0)
-    }
-}
-
-impl FakePool {
-    pub(crate) fn content(&self, page: PoolPage) -> Option<Content> {
-        sync::lock(&self.pages)
-            .get(page.0 as usize)
-            .copied()
-            .flatten()
-    }
-
-    /// Lets something happen in the middle of the next merge.
-    pub(crate) fn interrupt(&self, moment: Moment, with: impl FnOnce() + Send + 'static) {
-        *sync::lock(&self.interruption) = Some(Interruption(moment, Box::new(with)));
-    }
-
-    fn fill(&self, page: PoolPage, content: Content) {
-        let mut pages = sync::lock(&self.pages);
-        let index = page.0 as usize;
-        if pages.len() <= index {
-            pages.resize(index + 1, None);
-        }
-        assert_eq!(
-            pages[index], None,
-            "pool page {index} is written to while in use"
-        );
-        pages[index] = Some(content);
-    }
-
-    fn reach(&self, moment: Moment) {
-        let due = sync::lock(&self.interruption).take_if(|due| due.0 == moment);
-        if let Some(Interruption(_, happen)) = due {
-            happen();
-        }
-    }
-
-    pub(crate) fn used_pages(&self) -> usize {
-        sync::lock(&self.pages).iter().flatten().count()
-    }
-}
-
-impl Pool for FakePool {
-    fn read(&self, page: PoolPage, into: &mut PageBuf) {
-        *into = [self.content(page).expect("it was filled"); PAGE_WORDS];
-    }
-
-    fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
-        let mut all = sync::lock(&self.pages);
-        for index in first.0..first.0 + pages {
-            if let Some(page) = all.get_mut(index as usize) {
-                *page = None;
-            }
-        }
-        Ok(())
-    }
-}
-
 /// A region of the model.
 #[derive(Clone, Debug)]
 pub(crate) struct FakeMemory {
@@ -111,8 +36,12 @@ pub(crate) struct FakeMemory {
     /// Protected and not released pages.
     protected: Arc<Mutex<Vec<bool>>>,
     pool: FakePool,
-    /// Calls of `share` and `unshare` that still succeed.
+    /// Calls of `failing` kinds that still succeed; `fill` and `unshare` make one for each page.
     pub(crate) calls_left: Arc<AtomicU32>,
+    /// A set of [`Call`]s: those that take memory, unless told otherwise.
+    failing: Arc<AtomicU32>,
+    /// It was not told of a huge page, or could not split one.
+    keeps_huge: Arc<AtomicBool>,
     /// Writes that the guest makes just before a range is protected.
     racing: Arc<Mutex<Vec<(u32, Content)>>>,
     /// The kernel moves pages about, and says of each that it is swapped.
@@ -131,9 +60,10 @@ pub(crate) struct FakeSource(FakeMemory);
 
 impl DirtySource for FakeSource {
     fn collect(&self, dirty: &mut PageSet) -> io::Result<()> {
-        for page in sync::lock(&self.0.written).drain(..) {
-            dirty.insert(page);
-        }
+        // What it knew is lost if it fails.
+        let written = std::mem::take(&mut *sync::lock(&self.0.written));
+        self.0.call(Call::Collect)?;
+        written.into_iter().for_each(|page| dirty.insert(page));
         Ok(())
     }
 }
@@ -146,6 +76,8 @@ impl FakeMemory {
             protected: Arc::new(Mutex::new(vec![false; pages as usize])),
             pool: pool.clone(),
             calls_left: Arc::new(AtomicU32::new(u32::MAX)),
+            failing: Arc::new(AtomicU32::new(Call::bits(&Call::TAKING))),
+            keeps_huge: Arc::default(),
             racing: Arc::default(),
             moving: Arc::default(),
             is_huge: Arc::default(),
@@ -213,15 +145,24 @@ impl FakeMemory {
         }
     }
 
-    fn call(&self) -> io::Result<()> {
-        let left = |left: u32| left.checked_sub(1);
-        match self
-            .calls_left
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, left)
-        {
-            Ok(_) => Ok(()),
-            Err(_) => Err(io::Error::from(io::ErrorKind::OutOfMemory)),
+    /// Lets calls of these kinds fail after `calls_left` more.
+    pub(crate) fn fail(&self, kinds: &[Call], calls_left: u32) {
+        self.failing.store(Call::bits(kinds), Ordering::Relaxed);
+        self.calls_left.store(calls_left, Ordering::Relaxed);
+        let keeps_pages = kinds.contains(&Call::Punch);
+        self.pool.keeps_pages.store(keeps_pages, Ordering::Relaxed);
+    }
+
+    /// Lets everything succeed again.
+    pub(crate) fn recover(&self) {
+        self.fail(&Call::TAKING, u32::MAX);
+    }
+
+    fn call(&self, kind: Call) -> io::Result<()> {
+        if self.failing.load(Ordering::Relaxed) & Call::bits(&[kind]) == 0 {
+            return Ok(());
         }
+        call::count_down(&self.calls_left)
     }
 }
 
@@ -237,6 +178,7 @@ impl Backing for FakeMemory {
         range: PageRange,
         found: &mut Vec<(PageRange, Residency)>,
     ) -> io::Result<()> {
+        self.call(Call::Residency)?;
         for page in range {
             if self.moving.load(Ordering::Relaxed) && self.page(page) != FakePage::Absent {
                 found.push((page..page + 1, Residency::Swapped));
@@ -255,10 +197,16 @@ impl Backing for FakeMemory {
     }
 
     fn has_huge_page(&self, _range: PageRange) -> io::Result<bool> {
+        let told = self.call(Call::HasHugePage);
+        self.keeps_huge.fetch_or(told.is_err(), Ordering::Relaxed);
+        told?;
         Ok(self.is_huge.load(Ordering::Relaxed))
     }
 
     fn split_huge_page(&self, _page: u32) -> io::Result<()> {
+        let split = self.call(Call::SplitHugePage);
+        self.keeps_huge.fetch_or(split.is_err(), Ordering::Relaxed);
+        split?;
         self.is_huge.store(false, Ordering::Relaxed);
         Ok(())
     }
@@ -285,7 +233,7 @@ impl Backing for FakeMemory {
 
     fn fill(&self, range: PageRange, pool: &FakePool, first: PoolPage) -> io::Result<()> {
         for page in range.clone() {
-            self.call()?;
+            self.call(Call::Fill)?;
             assert!(
                 !sync::lock(&self.protected)[page as usize],
                 "a writer waits while a stable page is filled"
@@ -298,6 +246,12 @@ impl Backing for FakeMemory {
 
     fn protect(&self, range: PageRange, _remapped: bool) -> io::Result<()> {
         self.finish_racing_writes();
+        if let Err(error) = self.call(Call::Protect) {
+            // As far as it got.
+            let middle = range.start + (range.end - range.start).div_ceil(2);
+            self.set_protected(range.start..middle, true);
+            return Err(error);
+        }
         self.set_protected(range, true);
         Ok(())
     }
@@ -307,7 +261,7 @@ impl Backing for FakeMemory {
     }
 
     fn share(&self, _pool: &FakePool, range: PageRange, first: PoolPage) -> io::Result<()> {
-        self.call()?;
+        self.call(Call::Share)?;
         for page in range.clone() {
             assert!(
                 sync::lock(&self.protected)[page as usize],
@@ -320,7 +274,7 @@ impl Backing for FakeMemory {
                 "page {page} is changed"
             );
             assert!(
-                !self.is_huge.load(Ordering::Relaxed),
+                !self.is_huge.load(Ordering::Relaxed) || self.keeps_huge.load(Ordering::Relaxed),
                 "a part of a huge page is not given back"
             );
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
@@ -330,7 +284,7 @@ impl Backing for FakeMemory {
     }
 
     fn uncover(&self, range: PageRange) -> io::Result<()> {
-        self.call()?;
+        self.call(Call::Uncover)?;
         for page in range.clone() {
             assert!(
                 sync::lock(&self.protected)[page as usize],
@@ -345,7 +299,7 @@ impl Backing for FakeMemory {
     }
 
     fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
-        self.call()?;
+        self.call(Call::Rebuild)?;
         assert!(
             range.len() <= crate::heal::PART_PAGES as usize,
             "a writer waits while {range:?} is copied"
@@ -367,7 +321,7 @@ impl Backing for FakeMemory {
     }
 
     fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
-        self.call()?;
+        self.call(Call::DropZeros)?;
         for page in range.clone() {
             assert_eq!(self.content(page), 0, "page {page} is dropped and not zero");
             let under = sync::lock(&self.under)[page as usize].take();
@@ -384,7 +338,7 @@ impl Backing for FakeMemory {
     fn unshare(&self, range: PageRange) -> io::Result<()> {
         self.pool.reach(Moment::Unshare);
         for page in range {
-            self.call()?;
+            self.call(Call::Unshare)?;
             let content = self.content(page);
             sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::backing::fake::{Content, FakeMemory, FakePage, FakePool, Moment};
+use crate::backing::fake::{Call, Content, FakeMemory, FakePage, FakePool, Moment};
 use crate::backoff::Intervals;
 use crate::control::Pace;
 use crate::merge_now::MergeNowError;
@@ -37,9 +37,10 @@ enum Step {
         region: usize,
         calls: u32,
     },
-    /// A pass in which one region's mappings fail after some calls.
+    /// A pass in which one kind of call, or every kind, fails for one region after some calls.
     FailingPass {
         region: usize,
+        kind: Option<Call>,
         calls: u32,
     },
     Exit {
@@ -58,6 +59,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let region = any::<usize>();
+    let kind = proptest::option::of(proptest::sample::select(&Call::ALL[..]));
     prop_oneof![
         1 => Just(Step::Register),
         8 => (region, 0..PAGES, 1..PAGES, 0..6u64, 0..2u64).prop_map(
@@ -68,7 +70,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (1..40u32).prop_map(|pages| Step::Batch { pages }),
         1 => Just(Step::Unmerge),
         1 => (region, 0..8u32).prop_map(|(region, calls)| Step::StarvedUnmerge { region, calls }),
-        1 => (region, 0..4u32).prop_map(|(region, calls)| Step::FailingPass { region, calls }),
+        4 => (region, kind, 0..4u32).prop_map(
+            |(region, kind, calls)| Step::FailingPass { region, kind, calls }
+        ),
         4 => (region, 0..PAGES, 0..6u64).prop_map(
             |(region, page, content)| Step::RacingPass { region, page, content }
         ),
@@ -171,11 +175,12 @@ impl World {
                     assert_eq!(self.pool.used_pages(), 0);
                 }
             }
-            Step::FailingPass { region, calls } if count > 0 => {
-                let memory = self.guests[region % count].memory.clone();
-                memory.calls_left.store(calls, Ordering::Relaxed);
-                self.pass();
-                memory.calls_left.store(u32::MAX, Ordering::Relaxed);
+            Step::FailingPass {
+                region,
+                kind,
+                calls,
+            } if count > 0 => {
+                self.failing_pass(region % count, kind, calls);
             }
             Step::RacingPass {
                 region,
@@ -203,6 +208,14 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    fn failing_pass(&self, guest: usize, kind: Option<Call>, calls: u32) {
+        let kinds = kind.as_ref().map_or(&Call::ALL[..], std::slice::from_ref);
+        let memory = self.guests[guest].memory.clone();
+        memory.fail(kinds, calls);
+        self.pass();
+        memory.recover();
     }
 
     fn merge_now(&self, guest: usize) {
@@ -332,5 +345,6 @@ proptest! {
     }
 }
 
+mod failing;
 mod orders;
 mod scenarios;

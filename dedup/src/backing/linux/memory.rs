@@ -98,6 +98,18 @@ impl LinuxMemory {
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
     }
 
+    fn release_at_once(&self, range: &PageRange, remapped: bool) -> io::Result<()> {
+        let (start, len_bytes) = self.span(range);
+        // Registered first: a release stops at a mapping that is not, and leaves those who wait
+        // behind it asleep.
+        if remapped {
+            may_fail!("register_again");
+            self.userfaultfd.register(start, len_bytes)?;
+        }
+        may_fail!("release");
+        self.userfaultfd.release(start, len_bytes)
+    }
+
     /// What is left to do for writers when a release fails as a whole: a vCPU that sleeps in the
     /// range must wake up, whatever else is wrong.
     fn release_each(&self, range: &PageRange) {
@@ -184,15 +196,7 @@ impl Backing for LinuxMemory {
     }
 
     fn release(&self, range: PageRange, remapped: bool) {
-        let (start, len_bytes) = self.span(&range);
-        // Registered first: a release stops at a mapping that is not, and leaves those who wait
-        // behind it asleep.
-        let registered = match remapped {
-            true => self.userfaultfd.register(start, len_bytes),
-            false => Ok(()),
-        };
-        let released = registered.and_then(|()| self.userfaultfd.release(start, len_bytes));
-        if let Err(error) = released {
+        if let Err(error) = self.release_at_once(&range, remapped) {
             log::error!("cannot release pages {range:?}, going page by page: {error}");
             self.release_each(&range);
         }
@@ -266,3 +270,6 @@ impl Backing for LinuxMemory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

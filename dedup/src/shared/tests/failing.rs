@@ -1,0 +1,257 @@
+//! What fails costs its saving and nothing else.
+
+use super::*;
+
+fn write(region: usize, page: u32, pages: u32, content: Content) -> Step {
+    let stride = u64::from(content != 0);
+    Step::Write {
+        region,
+        page,
+        pages,
+        content,
+        stride,
+    }
+}
+
+/// Two regions without huge pages.
+fn world() -> World {
+    let world = World::new();
+    for guest in &world.guests {
+        guest.memory.is_huge.store(false, Ordering::Relaxed);
+    }
+    world
+}
+
+/// A state in which the next pass has one kind of merge to do.
+#[derive(Clone, Copy, Debug)]
+enum Merge {
+    /// Equal pages of two regions become stable pages.
+    Founding,
+    /// Pages equal to stable pages.
+    Sharing,
+    /// Pages of zeros.
+    Zeros,
+    /// Pages of zeros that are mapped to the pool.
+    ZerosInPool,
+    /// Pages that got their content back.
+    Uncovering,
+}
+
+impl Merge {
+    const ALL: [Merge; 5] = [
+        Merge::Founding,
+        Merge::Sharing,
+        Merge::Zeros,
+        Merge::ZerosInPool,
+        Merge::Uncovering,
+    ];
+
+    /// The calls of which each can make this merge fail.
+    fn calls(self) -> Vec<Call> {
+        let own: &[Call] = match self {
+            Merge::Founding => &[Call::Fill, Call::Share],
+            Merge::Sharing => &[Call::Share],
+            Merge::Zeros | Merge::ZerosInPool => &[Call::DropZeros],
+            Merge::Uncovering => &[Call::Uncover],
+        };
+        [&[Call::Residency, Call::Protect], own].concat()
+    }
+
+    /// Brings a world to the pass before which the merge is due.
+    fn due(self) -> World {
+        let mut world = world();
+        let settle = |world: &mut World, regions: &[usize]| {
+            for &region in regions {
+                world.apply(&write(region, 0, PAGES, 3));
+            }
+            world.check_settled();
+        };
+        match self {
+            Merge::Founding => {
+                world.apply(&write(0, 0, PAGES, 3));
+                world.apply(&write(1, 0, PAGES, 3));
+            }
+            Merge::Sharing => {
+                settle(&mut world, &[0, 1]);
+                world.register();
+                world.guests[2]
+                    .memory
+                    .is_huge
+                    .store(false, Ordering::Relaxed);
+                world.apply(&write(2, 0, PAGES, 3));
+            }
+            Merge::Zeros => world.apply(&write(0, 0, PAGES, 0)),
+            Merge::ZerosInPool => {
+                settle(&mut world, &[0, 1]);
+                world.apply(&write(0, 0, PAGES, 0));
+            }
+            Merge::Uncovering => {
+                world.register();
+                settle(&mut world, &[0, 1, 2]);
+                world.apply(&write(0, 0, PAGES, 90));
+                world.pass();
+                world.apply(&write(0, 0, PAGES, 3));
+            }
+        }
+        // Calm in the next one.
+        sync::lock(&world.shared.control).waiters += 1;
+        world.pass();
+        world
+    }
+}
+
+/// What an aborted merge must not change.
+fn merged_pages(world: &World) -> (u64, u64, u64, u64, usize) {
+    let stats = world.shared.stats();
+    let used_pages = world.pool.used_pages();
+    (
+        stats.pages_shared,
+        stats.pages_sharing,
+        stats.pages_zero,
+        stats.vmas,
+        used_pages,
+    )
+}
+
+fn pages(world: &World) -> Vec<FakePage> {
+    let of = |guest: &Guest| (0..PAGES).map(|page| guest.memory.page(page)).collect();
+    world
+        .guests
+        .iter()
+        .flat_map(|guest| -> Vec<FakePage> { of(guest) })
+        .collect()
+}
+
+#[test]
+fn every_kind_of_merge_is_made_in_the_pass_that_it_is_due_in() {
+    for merge in Merge::ALL {
+        let world = merge.due();
+        let before = pages(&world);
+        world.pass();
+        assert_ne!(pages(&world), before, "{merge:?}");
+        world.check();
+    }
+}
+
+/// Invariant I19 of KSM.
+#[test]
+fn an_aborted_merge_leaves_its_pages_private_and_intact_and_the_counters_unchanged() {
+    for merge in Merge::ALL {
+        for call in merge.calls() {
+            let world = merge.due();
+            let before = (pages(&world), merged_pages(&world));
+            for guest in &world.guests {
+                guest.memory.fail(&[call], 0);
+            }
+            world.pass();
+            assert_eq!(
+                (pages(&world), merged_pages(&world)),
+                before,
+                "{merge:?} without {call:?}"
+            );
+            world.check();
+            for guest in &world.guests {
+                guest.memory.recover();
+            }
+            world.check_settled();
+            assert_ne!(pages(&world), before.0, "{merge:?} after {call:?}");
+        }
+    }
+}
+
+#[test]
+fn a_merge_that_fails_on_one_side_is_made_up_for_later() {
+    for call in [Call::Protect, Call::Share] {
+        for side in [0, 1] {
+            let world = Merge::Founding.due();
+            world.guests[side].memory.fail(&[call], 0);
+            world.pass();
+            let own = |page| matches!(world.guests[side].memory.page(page), FakePage::Private(_));
+            assert!((0..PAGES).all(own), "{call:?} on side {side}");
+            world.check();
+            world.guests[side].memory.recover();
+            world.check_settled();
+        }
+    }
+}
+
+#[test]
+fn pages_that_could_not_be_punched_are_filled_anew() {
+    let mut world = Merge::Founding.due();
+    world.check_settled();
+    world.guests[0].memory.fail(&[Call::Punch], 0);
+    world.unmerge();
+    assert_eq!(world.pool.unpunched_pages(), PAGES as usize);
+    world.guests[0].memory.recover();
+    for region in [0, 1] {
+        world.apply(&write(region, 0, PAGES, 50));
+    }
+    world.check_settled();
+    assert_eq!(world.pool.unpunched_pages(), 0);
+}
+
+#[test]
+fn a_block_that_cannot_be_healed_keeps_its_mappings_and_its_pages() {
+    for call in [Call::Protect, Call::Rebuild] {
+        let mut world = world();
+        world.apply(&write(0, 0, PAGES, 3));
+        // The same the other way round, so that one of them takes a mapping for each page.
+        for page in 0..PAGES {
+            world.apply(&Step::Write {
+                region: 1,
+                page,
+                pages: 1,
+                content: u64::from(3 + PAGES - 1 - page),
+                stride: 0,
+            });
+        }
+        world.check_settled();
+        assert!(world.shared.stats().vmas > u64::from(PAGES), "scattered");
+        world.apply(&write(0, 0, PAGES, 200));
+        let vmas = world.shared.stats().vmas;
+        world.guests[0].memory.fail(&[call], 0);
+        world.pass();
+        assert_eq!(world.shared.stats().vmas, vmas, "without {call:?}");
+        world.check();
+        world.guests[0].memory.recover();
+        world.check_settled();
+        assert!(world.shared.stats().vmas < vmas, "healed after {call:?}");
+    }
+}
+
+/// Invariant I22 of KSM: `run` is the engine's part of it.
+#[test]
+fn a_failed_unmerge_leaves_what_is_still_merged_accounted_for() {
+    for region in [0, 1] {
+        for calls in 0..PAGES {
+            for then_merges in [false, true] {
+                let mut world = Merge::Founding.due();
+                world.check_settled();
+                // The cursor rests within the ring.
+                world.shared.batch(1);
+                let before = merged_pages(&world);
+                world.guests[region].memory.fail(&[Call::Unshare], calls);
+                world.shared.unmerge_all().expect_err("there is no memory");
+                world.check();
+                assert_eq!(
+                    sync::lock(&world.shared.ring).current().map(|at| at.2),
+                    Some(0)
+                );
+                // The region is one run: nothing of it is forgotten before all of it is unshared.
+                let sharing = if region == 0 { before.1 } else { 0 };
+                let stats = world.shared.stats();
+                assert_eq!(
+                    (stats.pages_shared, stats.pages_sharing),
+                    (before.0, sharing)
+                );
+                world.guests[region].memory.recover();
+                if then_merges {
+                    world.apply(&Step::Exit { region: 1 - region });
+                    world.check_settled();
+                }
+                world.unmerge();
+                world.check();
+            }
+        }
+    }
+}
