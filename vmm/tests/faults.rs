@@ -94,6 +94,7 @@ fn every_system_call_of_a_merge_may_fail_and_merging_goes_on_when_they_succeed_a
     let eager = Pace {
         pages_to_scan: 4096,
         sleep_millisecs: 1,
+        ..Pace::default()
     };
     lab.monitor.engine().set_pace(eager);
     let vms = [1, 2].map(|seed| lab.start(&format!("vm{seed}"), pageload(seed, "merged")));
@@ -268,6 +269,7 @@ fn ten_thousand_random_operations_with_faults_hang_nobody_and_leave_nothing() {
     let eager = Pace {
         pages_to_scan: 4096,
         sleep_millisecs: 1,
+        ..Pace::default()
     };
     lab.monitor.engine().set_pace(eager);
     let seed = std::env::var("SAMEPAGE_SEED")
