@@ -192,7 +192,15 @@ impl Backing for LinuxMemory {
         if remapped {
             self.userfaultfd.register(start, len_bytes)?;
         }
-        self.userfaultfd.protect(start, len_bytes)
+        match self.userfaultfd.protect(start, len_bytes) {
+            // A part is not registered: registering it failed when it was mapped anew. Without
+            // this it would be tried, in vain, in each pass.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                self.userfaultfd.register(start, len_bytes)?;
+                self.userfaultfd.protect(start, len_bytes)
+            }
+            protected => protected,
+        }
     }
 
     fn release(&self, range: PageRange, remapped: bool) {

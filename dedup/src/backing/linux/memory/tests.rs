@@ -138,3 +138,18 @@ fn a_release_of_which_any_call_fails_wakes_writers_of_all_pages() {
     }
     scenario.teardown();
 }
+
+/// As if registering it again had failed after its mapping was replaced, by one without the pool.
+#[test]
+fn memory_that_lost_its_registration_is_registered_by_its_next_protection() {
+    let (memory, _pool) = filled();
+    memory.protect(0..PAGES, false).expect("it is registered");
+    memory.rebuild(4..8, &[false; 4]).expect("there is memory");
+    memory.release(0..PAGES, false);
+    memory
+        .protect(0..PAGES, false)
+        .expect("it is registered again");
+    let writer = sleeping_writer(&memory, 5);
+    memory.release(0..PAGES, false);
+    assert_eq!(writer.recv_timeout(LONG), Ok(5));
+}
