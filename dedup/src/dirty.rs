@@ -97,6 +97,10 @@ impl PageSet {
         })
     }
 
+    fn len_words(&self) -> u32 {
+        self.pages.div_ceil(WORD_BITS)
+    }
+
     /// Bytes that the set takes.
     fn metadata_bytes(&self) -> u64 {
         (self.words.len() * size_of::<u64>()) as u64
@@ -207,21 +211,43 @@ impl Watch {
 
     /// The first page to be looked at from `page` on.
     pub(crate) fn next_from(&self, page: u32) -> Option<u32> {
-        let (dirty, pending) = (self.dirty.next_from(page), self.pending.next_from(page));
-        dirty.into_iter().chain(pending).min()
+        (page / WORD_BITS..self.dirty.len_words())
+            .map(|index| (index, self.word(index, page..self.dirty.pages())))
+            .find(|&(_, word)| word != 0)
+            .map(|(index, word)| index * WORD_BITS + word.trailing_zeros())
     }
 
     /// Pages of `window` to be looked at, and whether each is dirty. They are not dirty any more.
     pub(crate) fn take(&mut self, window: PageRange) -> Vec<(u32, bool)> {
         let mut pages = Vec::new();
-        let mut next = window.start;
-        while let Some(page) = self.next_from(next).filter(|&page| page < window.end) {
-            pages.push((page, self.dirty.contains(page)));
-            self.dirty.remove(page);
-            next = page + 1;
+        for index in window.start / WORD_BITS..window.end.div_ceil(WORD_BITS) {
+            let mut rest = self.word(index, window.clone());
+            while rest != 0 {
+                let page = index * WORD_BITS + rest.trailing_zeros();
+                pages.push((page, self.dirty.contains(page)));
+                rest &= rest - 1;
+            }
+            self.dirty.words[index as usize] &= !mask(index, &window);
         }
         pages
     }
+
+    /// The pages of both sets in one word of them, as far as `range` goes. Both at once: to look
+    /// for the next of each would pass the whole of an empty set for each page of the other.
+    fn word(&self, index: u32, range: PageRange) -> u64 {
+        let (dirty, pending) = (&self.dirty.words, &self.pending.words);
+        (dirty[index as usize] | pending[index as usize]) & mask(index, &range)
+    }
+}
+
+/// The bits of a word that stand for pages of `range`.
+fn mask(index: u32, range: &PageRange) -> u64 {
+    let first = index * WORD_BITS;
+    let below = |page: u32| match page.saturating_sub(first) {
+        bits @ 0..WORD_BITS => (1 << bits) - 1,
+        _ => u64::MAX,
+    };
+    below(range.end) & !below(range.start)
 }
 
 #[cfg(test)]
@@ -255,6 +281,28 @@ mod tests {
             prop_assert_eq!(set.iter_in(0..pages).collect::<BTreeSet<_>>(), model.clone());
             prop_assert_eq!(set.next_from(from), model.range(from..).next().copied());
             prop_assert!((0..pages).all(|page| set.contains(page) == model.contains(&page)));
+        }
+    }
+    proptest! {
+        #[test]
+        fn a_window_is_taken_with_dirty_pages_told_from_pending_ones(
+            dirty in proptest::collection::btree_set(0..300u32, 0..40),
+            pending in proptest::collection::btree_set(0..300u32, 0..40),
+            pages in 1..300u32,
+            (start, len) in (0..300u32, 0..200u32),
+        ) {
+            let mut watch = Watch::new(pages);
+            watch.pending = PageSet::new(pages);
+            dirty.iter().for_each(|&page| watch.dirty.insert(page));
+            pending.iter().for_each(|&page| watch.pending.insert(page));
+            let window = start.min(pages)..(start + len).min(pages);
+            let due: BTreeSet<u32> = dirty.union(&pending).copied().filter(|&page| page < pages).collect();
+            prop_assert_eq!(watch.next_from(start), due.range(start..).next().copied());
+            let expected: Vec<_> =
+                due.iter().filter(|page| window.contains(page)).map(|&page| (page, dirty.contains(&page))).collect();
+            prop_assert_eq!(watch.take(window.clone()), expected);
+            let left = due.iter().filter(|&&page| dirty.contains(&page) && !window.contains(&page));
+            prop_assert_eq!(watch.dirty.iter_in(0..pages).collect::<Vec<_>>(), left.copied().collect::<Vec<_>>());
         }
     }
 }
