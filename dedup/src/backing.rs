@@ -101,6 +101,9 @@ pub(crate) trait Pool: std::fmt::Debug + Send + Sync + 'static {
     /// Copies a page out that was filled.
     fn read(&self, page: PoolPage, into: &mut PageBuf);
 
+    /// Pages that take memory.
+    fn allocated_pages(&self) -> io::Result<u64>;
+
     /// Gives back `pages` pages from `first` on, which nobody maps as shared any more.
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()>;
 }

@@ -49,6 +49,7 @@
 //! | `process_memory` | [`ProcessMemory`]: what the process and the pool hold | system calls |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
 //! | `stable`, `pool_map` | stable pages, free pool pages | pure |
+//! | `reclaim` | pool pages that nobody shares go back | mechanism |
 //! | `fingerprint`, `keyed` | hash and zero test; maps by hash | pure |
 //! | `racing` | loads from memory that others write to | unsafe |
 //! | `backing` | the kernel behind a trait, and its model for tests | system calls |
@@ -105,6 +106,7 @@ mod process_memory;
 mod protected;
 #[expect(unsafe_code, reason = "loads from memory that others write to")]
 mod racing;
+mod reclaim;
 mod region;
 mod ring;
 mod scanner;

@@ -49,7 +49,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`] for a size that is not whole pages, and when the kernel refuses.
     pub fn new(size_bytes: usize) -> Result<Mapping, MappingError> {
-        Mapping::reserve(size_bytes, PAGE_SIZE_BYTES, libc::MADV_NOHUGEPAGE)
+        Mapping::reserve(size_bytes, libc::MADV_NOHUGEPAGE)
     }
 
     /// As [`Mapping::new`], with transparent huge pages of 2 MiB wherever the kernel has them: the
@@ -59,48 +59,24 @@ impl Mapping {
     /// # Errors
     /// As [`Mapping::new`].
     pub fn with_huge_pages(size_bytes: usize) -> Result<Mapping, MappingError> {
-        let mut mapping = Mapping::reserve(size_bytes, HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE)?;
+        let mut mapping = Mapping::reserve(size_bytes, libc::MADV_HUGEPAGE)?;
         mapping.has_huge_pages = true;
         Ok(mapping)
     }
 
-    /// Reserves a range that begins at a multiple of `align_bytes`, with `advice` about huge pages.
-    fn reserve(
-        size_bytes: usize,
-        align_bytes: usize,
-        advice: libc::c_int,
-    ) -> Result<Mapping, MappingError> {
+    /// Reserves a range, with `advice` about huge pages of its own. It begins where one can in any
+    /// case, because the pool has huge pages too.
+    fn reserve(size_bytes: usize, advice: libc::c_int) -> Result<Mapping, MappingError> {
         let pages = bytes_to_pages(size_bytes)
             .filter(|&pages| pages > 0 && pages_to_bytes(pages) == size_bytes)
             .ok_or(MappingError::Size(size_bytes))?;
         let refused = |source| MappingError::Reserve { size_bytes, source };
-        let slack_bytes = align_bytes - PAGE_SIZE_BYTES;
-        // SAFETY: no address is given, so no existing mapping is touched.
-        let start = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size_bytes + slack_bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(refused(std::io::Error::last_os_error()));
-        }
-        let start: *mut u8 = start.cast();
-        let before_bytes = start.align_offset(align_bytes);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
         let mapping = Mapping {
-            start: start.wrapping_add(before_bytes),
+            start: reserve_aligned(size_bytes, HUGE_PAGE_BYTES, prot).map_err(refused)?,
             pages,
             has_huge_pages: false,
         };
-        unmap(start, before_bytes);
-        unmap(
-            mapping.start.wrapping_add(size_bytes),
-            slack_bytes - before_bytes,
-        );
         // SAFETY: the range was mapped just above and has `size_bytes` bytes.
         let advised = unsafe { libc::madvise(mapping.start.cast(), size_bytes, advice) };
         // EINVAL: a kernel without transparent huge pages, where there is nothing to say.
@@ -162,21 +138,57 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // The range was mapped by `reserve` and only ever remapped in place; users keep the
+        // SAFETY: the range was mapped by `reserve` and only ever remapped in place; users keep the
         // `Mapping` alive.
-        unmap(self.start, self.size_bytes());
+        unsafe { unmap(self.start, self.size_bytes()) };
     }
 }
 
-/// Gives back address space that [`Mapping::reserve`] took and nobody uses any more.
-fn unmap(start: *mut u8, size_bytes: usize) {
+/// Reserves address space that begins at a multiple of `align_bytes`.
+pub(crate) fn reserve_aligned(
+    size_bytes: usize,
+    align_bytes: usize,
+    prot: libc::c_int,
+) -> std::io::Result<*mut u8> {
+    let slack_bytes = align_bytes - PAGE_SIZE_BYTES;
+    // SAFETY: no address is given, so no existing mapping is touched.
+    let start = unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        libc::mmap(
+            ptr::null_mut(),
+            size_bytes + slack_bytes,
+            prot,
+            flags,
+            -1,
+            0,
+        )
+    };
+    if start == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    let start: *mut u8 = start.cast();
+    let before_bytes = start.align_offset(align_bytes);
+    let aligned = start.wrapping_add(before_bytes);
+    let after = aligned.wrapping_add(size_bytes);
+    for (end, len_bytes) in [(start, before_bytes), (after, slack_bytes - before_bytes)] {
+        // SAFETY: both ends are parts of what was reserved just above, which nobody else knows.
+        unsafe { unmap(end, len_bytes) };
+    }
+    Ok(aligned)
+}
+
+/// Gives back address space.
+///
+/// # Safety
+/// The caller owns the range and has done with it.
+pub(crate) unsafe fn unmap(start: *mut u8, size_bytes: usize) {
     if size_bytes == 0 {
         return;
     }
-    // SAFETY: the callers, both in this module, own the range and have done with it.
+    // SAFETY: as for this call.
     let unmapped = unsafe { libc::munmap(start.cast(), size_bytes) };
     if unmapped != 0 {
-        log::error!("cannot unmap a region: {}", std::io::Error::last_os_error());
+        log::error!("cannot unmap a range: {}", std::io::Error::last_os_error());
     }
 }
 
@@ -194,11 +206,13 @@ mod tests {
     }
 
     #[test]
-    fn a_range_with_huge_pages_begins_with_one() {
+    fn a_range_begins_where_a_huge_page_can() {
         for size_bytes in [PAGE_SIZE_BYTES, HUGE_PAGE_BYTES, 3 * HUGE_PAGE_BYTES] {
-            let mapping = Mapping::with_huge_pages(size_bytes).unwrap();
-            assert_eq!(mapping.as_ptr().align_offset(HUGE_PAGE_BYTES), 0);
-            assert_eq!(mapping.size_bytes(), size_bytes);
+            for make in [Mapping::new, Mapping::with_huge_pages] {
+                let mapping = make(size_bytes).unwrap();
+                assert_eq!(mapping.as_ptr().align_offset(HUGE_PAGE_BYTES), 0);
+                assert_eq!(mapping.size_bytes(), size_bytes);
+            }
         }
     }
 

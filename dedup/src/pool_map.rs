@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use crate::page::PoolPage;
+use crate::page::{HUGE_PAGE_PAGES, PoolPage};
 
 /// Free extents by their first page, and where the never-used rest begins.
 #[derive(Debug)]
 pub(crate) struct PoolMap {
     free: BTreeMap<u32, u32>,
     unused_from: u32,
+    /// Highest that `unused_from` ever was.
+    used_below: u32,
     pages_max: u32,
 }
 
@@ -17,6 +19,7 @@ impl PoolMap {
         PoolMap {
             free: BTreeMap::new(),
             unused_from: 0,
+            used_below: 0,
             pages_max,
         }
     }
@@ -24,40 +27,67 @@ impl PoolMap {
     /// Takes up to `pages` consecutive pages: the first extent that holds them all, else the
     /// never-used rest, else the largest extent there is. `None` when the pool is full.
     ///
-    /// Runs stay runs: a scattered pool would cost one VMA for each page of every later sharer.
+    /// Runs stay runs: a scattered pool would cost one VMA for each page of every later sharer. A
+    /// run of a huge page's length begins where a huge page can.
     pub(crate) fn take_run(&mut self, pages: u32) -> Option<(PoolPage, u32)> {
-        let fitting = self
-            .free
-            .iter()
-            .find(|&(_, &len)| len >= pages)
-            .map(|(&first, _)| first);
-        if let Some(first) = fitting {
-            return Some(self.take_from_extent(first, pages));
+        let align_pages = if pages < HUGE_PAGE_PAGES {
+            1
+        } else {
+            HUGE_PAGE_PAGES
+        };
+        let aligned = |first: u32| first.next_multiple_of(align_pages);
+        let holds = |&(first, end): &(u32, u32)| end.saturating_sub(aligned(first)) >= pages;
+        let extents = self.free.iter().map(|(&first, &len)| (first, first + len));
+        if let Some((first, _)) = extents.clone().find(holds) {
+            return Some(self.take_from_extent(first, aligned(first), pages));
         }
-        if self.pages_max - self.unused_from >= pages {
-            let first = self.unused_from;
-            self.unused_from += pages;
-            return Some((PoolPage(first), pages));
+        if holds(&(self.unused_from, self.pages_max)) {
+            let start = aligned(self.unused_from);
+            if start > self.unused_from {
+                self.free.insert(self.unused_from, start - self.unused_from);
+            }
+            self.use_up_to(start + pages);
+            return Some((PoolPage(start), pages));
         }
         let rest = self.pages_max - self.unused_from;
-        let largest = self.free.iter().max_by_key(|&(_, &len)| len);
-        match largest.map(|(&first, &len)| (first, len)) {
-            Some((first, len)) if len >= rest => Some(self.take_from_extent(first, len)),
+        let largest = extents.max_by_key(|(first, end)| end - first);
+        match largest.map(|(first, end)| (first, (end - first).min(pages))) {
+            Some((first, len)) if len >= rest.min(pages) => {
+                Some(self.take_from_extent(first, first, len))
+            }
             _ if rest > 0 => {
-                let first = self.unused_from;
-                self.unused_from = self.pages_max;
-                Some((PoolPage(first), rest))
+                let (first, len) = (self.unused_from, rest.min(pages));
+                self.use_up_to(first + len);
+                Some((PoolPage(first), len))
             }
             _ => None,
         }
     }
 
-    fn take_from_extent(&mut self, first: u32, pages: u32) -> (PoolPage, u32) {
-        let len = self.free.remove(&first).unwrap_or(0);
-        if len > pages {
-            self.free.insert(first + pages, len - pages);
+    fn use_up_to(&mut self, end: u32) {
+        self.unused_from = end;
+        self.used_below = self.used_below.max(end);
+    }
+
+    /// Free pages that were handed out once, from `from` on, as runs in ascending order.
+    pub(crate) fn free_runs(&self, from: PoolPage) -> impl Iterator<Item = (PoolPage, u32)> {
+        let rest = (self.unused_from, self.used_below - self.unused_from);
+        self.free
+            .range(from.0..)
+            .map(|(&first, &len)| (first, len))
+            .chain(std::iter::once(rest).filter(move |&(first, len)| len > 0 && first >= from.0))
+            .map(|(first, len)| (PoolPage(first), len))
+    }
+
+    fn take_from_extent(&mut self, first: u32, start: u32, pages: u32) -> (PoolPage, u32) {
+        let end = first + self.free.remove(&first).unwrap_or(0);
+        if start > first {
+            self.free.insert(first, start - first);
         }
-        (PoolPage(first), pages)
+        if end > start + pages {
+            self.free.insert(start + pages, end - start - pages);
+        }
+        (PoolPage(start), pages)
     }
 
     /// Returns a page.
@@ -88,6 +118,39 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
+    #[test]
+    fn a_run_of_a_huge_pages_length_begins_where_a_huge_page_can() {
+        let mut map = PoolMap::new(4 * HUGE_PAGE_PAGES);
+        assert_eq!(map.take_run(10), Some((PoolPage(0), 10)));
+        let huge = Some((PoolPage(HUGE_PAGE_PAGES), HUGE_PAGE_PAGES));
+        assert_eq!(map.take_run(HUGE_PAGE_PAGES), huge);
+        assert_eq!(
+            map.take_run(20),
+            Some((PoolPage(10), 20)),
+            "the gap is not lost"
+        );
+        let first = PoolPage(2 * HUGE_PAGE_PAGES);
+        assert_eq!(map.take_run(1), Some((PoolPage(30), 1)));
+        assert_eq!(
+            map.take_run(HUGE_PAGE_PAGES),
+            Some((first, HUGE_PAGE_PAGES))
+        );
+        (0..HUGE_PAGE_PAGES).for_each(|page| map.give_back(PoolPage(HUGE_PAGE_PAGES + page)));
+        assert_eq!(
+            map.take_run(HUGE_PAGE_PAGES),
+            huge,
+            "out of a larger extent"
+        );
+    }
+
+    #[test]
+    fn a_pool_without_room_for_a_huge_page_gives_the_longest_run_it_has() {
+        let mut map = PoolMap::new(HUGE_PAGE_PAGES + 100);
+        assert_eq!(map.take_run(1), Some((PoolPage(0), 1)));
+        let rest = Some((PoolPage(1), HUGE_PAGE_PAGES));
+        assert_eq!(map.take_run(HUGE_PAGE_PAGES), rest);
+    }
+
     proptest! {
         #[test]
         fn no_page_is_handed_out_twice_and_all_come_back(
@@ -112,6 +175,10 @@ mod tests {
                     map.give_back(PoolPage(page));
                 }
             }
+            let free: BTreeSet<u32> =
+                map.free_runs(PoolPage(0)).flat_map(|(first, len)| first.0..first.0 + len).collect();
+            prop_assert!(free.is_disjoint(&taken));
+            prop_assert_eq!(free.len() + taken.len(), map.used_below as usize);
             for page in taken {
                 map.give_back(PoolPage(page));
             }

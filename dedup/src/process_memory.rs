@@ -2,15 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use crate::backing::linux::LinuxPool;
+use crate::backing::linux::{LinuxPool, allocated_pages};
 use crate::budget::{Headroom, MemoryGauge};
 use crate::page::PAGE_SIZE_BYTES;
-
-/// Bytes of the unit of `st_blocks` (`stat(2)`).
-const STAT_BLOCK_BYTES: u64 = 512;
 
 /// The memory of this process and of one engine's pool. A look costs about a microsecond.
 #[derive(Debug)]
@@ -47,7 +44,7 @@ impl ProcessMemory {
     /// # Errors
     /// If the kernel does not tell.
     pub fn pool_bytes(&self) -> io::Result<u64> {
-        Ok(self.pool.metadata()?.blocks() * STAT_BLOCK_BYTES)
+        Ok(allocated_pages(&self.pool)? * PAGE_SIZE_BYTES as u64)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc as StdArc;
 use std::time::Instant;
 
-use crate::backing::{Backing, Pool};
+use crate::backing::Backing;
 use crate::backoff::{INTERVAL, Intervals};
 use crate::budget::Budget;
 use crate::dirty::{PageSet, Watch};
@@ -62,6 +62,8 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) heal_vmas_min: u32,
     /// Who shared last, to guess by.
     pub(crate) places: Places,
+    /// Where the next sweep of the pool begins.
+    pub(crate) sweep_from: PoolPage,
     /// Where a page is copied to, to be hashed.
     pub(crate) scratch: Box<PageBuf>,
     /// Pages that changed their state in this pass: nothing of it means that sleeping is right.
@@ -87,6 +89,7 @@ impl<B: Backing> Scanner<B> {
             huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
             heal_vmas_min: HEAL_VMAS_MIN,
             places: Places::default(),
+            sweep_from: PoolPage(0),
             scratch: Box::new([0; PAGE_WORDS]),
             changes: 0,
         }
@@ -217,20 +220,7 @@ impl<B: Backing> Scanner<B> {
         });
         self.full_scans += 1;
         self.intervals.end_pass(Instant::now());
-    }
-
-    /// Punches dead stable pages out of the pool.
-    pub(crate) fn reclaim(&mut self) {
-        for (first, pages) in self.stable.dead_runs() {
-            if let Err(error) = self.pool.punch(first, pages) {
-                // The pages stay allocated until they are filled anew: memory lost, nothing wrong.
-                log::warn!(
-                    "cannot punch {pages} pages out of the pool at {}: {error}",
-                    first.0
-                );
-            }
-        }
-        self.stable.reclaim();
+        self.sweep_pool();
     }
 
     /// Whether the VMA budget allows `added` more VMAs for the sake of `pages` pages. The fuller

@@ -152,6 +152,11 @@ impl StablePages {
             .collect()
     }
 
+    /// Up to `runs_max` runs of free pages that were in use once, from `from` on.
+    pub(crate) fn free_runs(&self, from: PoolPage, runs_max: usize) -> Vec<(PoolPage, u32)> {
+        self.map.free_runs(from).take(runs_max).collect()
+    }
+
     /// Makes the dead pages free for new content.
     pub(crate) fn reclaim(&mut self) {
         for page in self.dead.drain(..) {

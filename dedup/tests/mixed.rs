@@ -215,7 +215,7 @@ fn run_guests(guests: &mut [Guest], engine: &Engine, numbers: &mut Numbers) {
     });
 }
 
-fn assert_settles(guests: &[Guest], engine: &Engine, fails: bool) {
+fn assert_settles(guests: &[Guest], engine: &Engine) {
     let deadline = Instant::now() + Duration::from_secs(30);
     assert!(engine.wait_full_scans(6, deadline), "six passes in time");
     let stats = engine.stats();
@@ -234,12 +234,15 @@ fn assert_settles(guests: &[Guest], engine: &Engine, fails: bool) {
         stats.pages_shared + stats.pages_sharing,
         "{stats:?}"
     );
-    // More where punching a page failed, which then keeps its memory until it is used again.
-    let pool_bytes = engine.process_memory().pool_bytes().expect("fstat");
-    assert!(
-        pool_bytes == stats.pool_bytes || (fails && pool_bytes > stats.pool_bytes),
-        "{pool_bytes} {stats:?}"
-    );
+    // Read until they agree: the worker may be founding a page between the two. Pages that could
+    // not be punched go with a later sweep.
+    let agree = || {
+        let pool_bytes = engine.process_memory().pool_bytes().expect("fstat");
+        pool_bytes == engine.stats().pool_bytes
+    };
+    while !agree() {
+        assert!(engine.wait_full_scans(1, deadline), "{:?}", engine.stats());
+    }
     guests.iter().for_each(Guest::check_all);
 }
 
@@ -248,13 +251,7 @@ fn number(name: &str) -> Option<u64> {
     Some(std::env::var(name).ok()?.parse().expect("a number"))
 }
 
-fn rounds(
-    rounds: u64,
-    seed: u64,
-    fails: bool,
-    mut before: impl FnMut(u64),
-    mut after: impl FnMut(),
-) {
+fn rounds(rounds: u64, seed: u64, mut before: impl FnMut(u64), mut after: impl FnMut()) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let settings = Settings {
         vma_budget: Some(VMA_BUDGET),
@@ -280,7 +277,7 @@ fn rounds(
         }
         after();
         engine.set_run(Run::Merge).expect("merging starts");
-        assert_settles(&guests, &engine, fails);
+        assert_settles(&guests, &engine);
         let leaving = numbers.below(REGIONS);
         guests[leaving] = Guest::new(&engine, numbers.next());
     }
@@ -299,7 +296,6 @@ fn what_guests_read_is_what_they_wrote_whatever_the_engine_does() {
     rounds(
         number("ROUNDS").unwrap_or(6),
         number("SEED").unwrap_or(1),
-        false,
         |_| (),
         || (),
     );
@@ -320,7 +316,6 @@ fn what_guests_read_is_what_they_wrote_whatever_fails() {
     rounds(
         number("ROUNDS").unwrap_or(7),
         number("SEED").unwrap_or(2),
-        true,
         |round| {
             for point in POINTS {
                 fail::cfg(point, "3%return").expect("a known action");

@@ -6,7 +6,7 @@ mod pool;
 mod userfaultfd;
 
 pub(crate) use memory::LinuxMemory;
-pub(crate) use pool::LinuxPool;
+pub(crate) use pool::{LinuxPool, allocated_pages};
 pub(crate) use userfaultfd::Userfaultfd;
 
 use std::io;

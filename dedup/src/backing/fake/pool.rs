@@ -88,6 +88,10 @@ impl Pool for FakePool {
         *into = [self.content(page).expect("it was filled"); PAGE_WORDS];
     }
 
+    fn allocated_pages(&self) -> io::Result<u64> {
+        Ok(sync::lock(&self.pages).iter().flatten().count() as u64)
+    }
+
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
         let keeps_pages = self.keeps_pages.load(Ordering::Relaxed);
         let mut all = sync::lock(&self.pages);

@@ -4,14 +4,21 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::check;
 use crate::backing::Pool;
 use crate::fault::may_fail;
 use crate::item::POOL_PAGES_MAX;
-use crate::page::{PageBuf, PoolPage, pages_to_bytes};
+use crate::mapping::{reserve_aligned, unmap};
+use crate::page::{
+    HUGE_PAGE_BYTES, HUGE_PAGE_PAGES, PAGE_SIZE_BYTES, PageBuf, PoolPage, pages_to_bytes,
+};
 use crate::racing::copy_page_out;
+
+/// Runs that are filled with base pages after the kernel had no huge page.
+const HUGE_PAUSE_RUNS: u32 = 64;
 
 /// What `/proc` calls the pool's mappings.
 const NAME: &CStr = c"samepage-pool";
@@ -24,7 +31,10 @@ const NAME: &CStr = c"samepage-pool";
 #[derive(Debug)]
 pub(crate) struct LinuxPool {
     file: File,
+    /// Begins where a huge page can.
     view: *mut u8,
+    /// Runs to go until the kernel is asked for a huge page again, after it had none.
+    until_huge: AtomicU32,
 }
 
 // SAFETY: `view` belongs to this value until drop, and is accessed by volatile loads only.
@@ -42,24 +52,22 @@ impl LinuxPool {
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
         let size_bytes = pages_to_bytes(POOL_PAGES_MAX);
         file.set_len(size_bytes as u64)?;
-        // SAFETY: no address is given, so no existing mapping is touched.
-        let view = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size_bytes,
-                libc::PROT_READ,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                0,
-            )
+        let view = reserve_aligned(size_bytes, HUGE_PAGE_BYTES, libc::PROT_NONE)?;
+        let pool = LinuxPool {
+            file,
+            view,
+            until_huge: AtomicU32::new(0),
         };
-        if view == libc::MAP_FAILED {
+        // SAFETY: the range was reserved just above, and nobody else knows it.
+        let mapped = unsafe {
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            let fd = pool.fd();
+            libc::mmap(view.cast(), size_bytes, libc::PROT_READ, flags, fd, 0)
+        };
+        if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(LinuxPool {
-            file,
-            view: view.cast(),
-        })
+        Ok(pool)
     }
 
     /// Another descriptor of the memfd, to ask how much it holds.
@@ -97,6 +105,47 @@ impl LinuxPool {
         len_bytes: usize,
     ) -> io::Result<()> {
         may_fail!("pool_write");
+        if len_bytes == HUGE_PAGE_BYTES && first.0.is_multiple_of(HUGE_PAGE_PAGES) {
+            // SAFETY: as for this call; the range is longer than a page.
+            unsafe { self.allocate_huge_page(first, from)? };
+        }
+        // SAFETY: as for this call.
+        unsafe { self.write(first, from, len_bytes) }
+    }
+
+    /// Puts a huge page where the run from `first` on is about to be filled, if the kernel has one.
+    ///
+    /// It takes half the time of allocating 512 pages, and whoever maps the whole of it has one
+    /// entry in the page tables and takes one fault. `MADV_COLLAPSE` works with any setting of
+    /// `transparent_hugepage/shmem_enabled`; it wants one page to be there (`mm/khugepaged.c`,
+    /// `collapse_file`), and leaves zeros for the others.
+    ///
+    /// # Safety
+    /// As for [`LinuxPool::fill`], of one page.
+    unsafe fn allocate_huge_page(&self, first: PoolPage, from: *const u8) -> io::Result<()> {
+        let until_huge = self.until_huge.load(Ordering::Relaxed);
+        if until_huge > 0 {
+            self.until_huge.store(until_huge - 1, Ordering::Relaxed);
+            return Ok(());
+        }
+        // SAFETY: as for this call.
+        unsafe { self.write(first, from, PAGE_SIZE_BYTES)? };
+        let start = self.page_address(first).cast_mut();
+        // SAFETY: the range lies in the view; the advice leaves content as it is.
+        let advised = unsafe { libc::madvise(start.cast(), HUGE_PAGE_BYTES, libc::MADV_COLLAPSE) };
+        if advised != 0 {
+            // Memory is in pieces, or the kernel is older than 6.1: base pages do as well. To look
+            // for a huge page in vain costs the kernel more than to allocate them.
+            self.until_huge.store(HUGE_PAUSE_RUNS, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Writes `len_bytes` from `from` to `first` and the pages after it.
+    ///
+    /// # Safety
+    /// As for [`LinuxPool::fill`].
+    unsafe fn write(&self, first: PoolPage, from: *const u8, len_bytes: usize) -> io::Result<()> {
         let mut done_bytes = 0;
         while done_bytes < len_bytes {
             let offset = libc::off_t::try_from(pages_to_bytes(first.0) + done_bytes)
@@ -127,6 +176,10 @@ impl Pool for LinuxPool {
         unsafe { copy_page_out(self.page_address(page), into) }
     }
 
+    fn allocated_pages(&self) -> io::Result<u64> {
+        allocated_pages(&self.file)
+    }
+
     fn punch(&self, first: PoolPage, pages: u32) -> io::Result<()> {
         may_fail!("fallocate");
         let offset = |page: u32| libc::off_t::try_from(pages_to_bytes(page)).unwrap_or(0);
@@ -137,12 +190,15 @@ impl Pool for LinuxPool {
     }
 }
 
+/// Pages of a pool's memfd that take memory.
+pub(crate) fn allocated_pages(file: &File) -> io::Result<u64> {
+    const BLOCK_BYTES: u64 = 512;
+    Ok(file.metadata()?.blocks() * BLOCK_BYTES / PAGE_SIZE_BYTES as u64)
+}
+
 impl Drop for LinuxPool {
     fn drop(&mut self) {
         // SAFETY: the view was mapped by `new` and nobody else knows its address.
-        let unmapped = unsafe { libc::munmap(self.view.cast(), pages_to_bytes(POOL_PAGES_MAX)) };
-        if unmapped != 0 {
-            log::error!("cannot unmap the pool: {}", io::Error::last_os_error());
-        }
+        unsafe { unmap(self.view, pages_to_bytes(POOL_PAGES_MAX)) };
     }
 }

@@ -191,6 +191,24 @@ fn pages_that_could_not_be_punched_are_filled_anew() {
 }
 
 #[test]
+fn pages_that_could_not_be_punched_are_punched_at_the_end_of_a_pass() {
+    let mut world = Merge::Founding.due();
+    world.check_settled();
+    world.guests[0].memory.fail(&[Call::Punch], 0);
+    // Each other page, so that they are as many runs.
+    for page in (0..PAGES).step_by(2) {
+        world.apply(&write(0, page, 1, 1000 + u64::from(page)));
+        world.apply(&write(1, page, 1, 2000 + u64::from(page)));
+    }
+    world.pass();
+    world.pass();
+    assert_eq!(world.pool.unpunched_pages(), PAGES as usize / 2);
+    world.guests[0].memory.recover();
+    world.pass();
+    assert_eq!(world.pool.unpunched_pages(), 0);
+}
+
+#[test]
 fn a_block_that_cannot_be_healed_keeps_its_mappings_and_its_pages() {
     for call in [Call::Protect, Call::Rebuild] {
         let mut world = world();
