@@ -3,7 +3,6 @@
 use std::fmt::Debug;
 use std::io;
 
-use crate::backoff::Interval;
 use crate::item::PageState;
 use crate::items::Items;
 use crate::page::PageRange;
@@ -68,6 +67,27 @@ impl PageSet {
         }
     }
 
+    /// Takes out every page of another set of the same region.
+    pub fn remove_all(&mut self, others: &PageSet) {
+        for (mine, theirs) in self.words.iter_mut().zip(&others.words) {
+            *mine &= !theirs;
+        }
+    }
+
+    /// 64 pages of the set from page `first` on, a bit for each. Past the region's end there are
+    /// none.
+    ///
+    /// # Panics
+    /// If `first` is not a multiple of 64.
+    pub fn word_from(&self, first: u32) -> u64 {
+        assert!(
+            first.is_multiple_of(WORD_BITS),
+            "page {first} does not begin a word"
+        );
+        let word = self.words.get((first / WORD_BITS) as usize);
+        word.copied().unwrap_or(0)
+    }
+
     /// Whether the page is in the set.
     pub fn contains(&self, page: u32) -> bool {
         page < self.pages && self.words[(page / WORD_BITS) as usize] >> (page % WORD_BITS) & 1 == 1
@@ -122,9 +142,14 @@ pub trait DirtySource: Debug + Send + Sync + 'static {
     /// Adds every page written to since the call before, by anybody, to `dirty`. The first call
     /// may leave out what was written before it.
     ///
+    /// Of `ignored` pages the engine does not want to hear for now, because they were busy lately.
+    /// If a guest pays for it that its write is noticed, as under KVM, let it write to these for
+    /// free. They may be told or not; once they are not ignored any more, the first call may tell
+    /// of them whatever was written, and the next one must be right.
+    ///
     /// # Errors
     /// When the source cannot tell; the engine then takes every page to be dirty.
-    fn collect(&self, dirty: &mut PageSet) -> io::Result<()>;
+    fn collect(&self, dirty: &mut PageSet, ignored: &PageSet) -> io::Result<()>;
 }
 
 /// A watched region's pages that are to be looked at, now or later.
@@ -136,8 +161,8 @@ pub(crate) struct Watch {
     pub(crate) pending: PageSet,
     /// Blocks of [`BLOCK_PAGES`] in which a page is put off, by its item's back-off.
     waiting: PageSet,
-    /// When the first of them is due, or earlier.
-    next_due: Option<Interval>,
+    /// Pages that the last look did not ask for.
+    ignored: PageSet,
 }
 
 /// Pages of a block of [`Watch`]: a bit for each page would be more than the blocks' search costs.
@@ -152,13 +177,13 @@ impl Watch {
             dirty: PageSet::new(pages),
             pending,
             waiting: PageSet::new(pages.div_ceil(BLOCK_PAGES)),
-            next_due: None,
+            ignored: PageSet::new(pages),
         }
     }
 
     /// Bytes that the sets take.
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        [&self.dirty, &self.pending, &self.waiting]
+        [&self.dirty, &self.pending, &self.waiting, &self.ignored]
             .map(PageSet::metadata_bytes)
             .iter()
             .sum()
@@ -175,38 +200,59 @@ impl Watch {
         })
     }
 
-    /// Has a volatile page looked at when it is due, and not before unless it is dirty again.
-    pub(crate) fn put_off(&mut self, page: u32, due: Interval) {
+    /// Has a volatile page looked at when it is due, and not before.
+    pub(crate) fn put_off(&mut self, page: u32) {
         self.pending.remove(page);
         self.waiting.insert(page / BLOCK_PAGES);
-        self.next_due = Some(self.next_due.map_or(due, |next| next.min(due)));
     }
 
-    /// Has pages looked at that were put off until now; all of them if `hurried`.
-    pub(crate) fn release_due(&mut self, items: &Items, hurried: bool) {
-        let Some(next_due) = self.next_due else {
-            return;
-        };
-        if next_due > items.now && !hurried {
-            return;
-        }
-        self.next_due = None;
+    /// Learns what was written to since the last look; `source` is asked, and told what to ignore.
+    ///
+    /// A page that is put off is ignored for the first half of its wait: its guest writes to it as
+    /// if nobody looked. For the second half it is watched, and must rest.
+    pub(crate) fn look(
+        &mut self,
+        items: &Items,
+        hurried: bool,
+        source: impl FnOnce(&mut PageSet, &PageSet),
+    ) {
+        let ignored = self.release_due(items, hurried);
+        source(&mut self.dirty, &ignored);
+        self.dirty.remove_all(&ignored);
+        // Of these it may tell what was written while nobody asked.
+        let mut asked_again = std::mem::replace(&mut self.ignored, ignored);
+        asked_again.remove_all(&self.ignored);
+        self.dirty.remove_all(&asked_again);
+    }
+
+    /// Has pages looked at that were put off until now; all of them if `hurried`. Returns those
+    /// that are to be ignored.
+    fn release_due(&mut self, items: &Items, hurried: bool) -> PageSet {
+        let mut ignored = PageSet::new(self.pending.pages());
         let blocks: Vec<u32> = self.waiting.iter_in(0..self.waiting.pages()).collect();
         for block in blocks {
-            self.waiting.remove(block);
             let first = block * BLOCK_PAGES;
+            let mut is_waiting = false;
             for page in first..self.pending.pages().min(first + BLOCK_PAGES) {
                 let is_put_off = matches!(items.state(page), PageState::Volatile { .. });
                 if !is_put_off || self.pending.contains(page) {
                     continue;
                 }
-                if hurried || items.backoff(page).is_due(items.now) {
+                let backoff = items.backoff(page);
+                if hurried || backoff.is_due(items.now) {
                     self.pending.insert(page);
-                } else {
-                    self.put_off(page, items.backoff(page).due(items.now));
+                    continue;
+                }
+                is_waiting = true;
+                if backoff.is_ignored(items.now) {
+                    ignored.insert(page);
                 }
             }
+            if !is_waiting {
+                self.waiting.remove(block);
+            }
         }
+        ignored
     }
 
     /// The first page to be looked at from `page` on.

@@ -14,7 +14,7 @@ use crate::items::Items;
 use crate::keyed::RegionMap;
 use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, pages_to_bytes};
 use crate::places::Places;
-use crate::region::{Entered, Region, RegionId};
+use crate::region::{Region, RegionId};
 use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
 use crate::sync::{self, Arc};
@@ -129,22 +129,6 @@ impl<B: Backing> Scanner<B> {
         self.attached
             .get(&id)
             .map(|attached| Arc::clone(&attached.region))
-    }
-
-    /// Asks a region's source what was written to since the pass before.
-    pub(crate) fn collect_dirty(&mut self, inside: &Entered<'_, B>) {
-        let attached = self.attached.get_mut(&inside.region.id());
-        let watch = attached.and_then(|attached| attached.watch.as_mut());
-        let (Some(watch), Some(source)) = (watch, inside.region.source()) else {
-            return;
-        };
-        if let Err(error) = source.collect(&mut watch.dirty) {
-            log::warn!(
-                "cannot tell the dirty pages of region {}: {error}",
-                inside.region.id().0
-            );
-            watch.dirty.insert_all();
-        }
     }
 
     /// The first page from `page` on that a visit could learn something about.

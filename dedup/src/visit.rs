@@ -174,7 +174,7 @@ impl<B: Backing> Scanner<B> {
             && seen != 0
             && seen != checksum
         {
-            items.set_backoff(page, items.backoff(page).changed(items.now));
+            items.set_backoff(page, items.backoff(page).busy(items.now));
         }
         items.set_state(page, PageState::Volatile { checksum });
         self.plan_calm(id, page, read, plan);

@@ -324,7 +324,7 @@ fn a_page_that_gets_its_shared_content_back_is_shared_again_without_a_new_mappin
 struct Written(Arc<Mutex<Vec<u32>>>);
 
 impl DirtySource for Written {
-    fn collect(&self, dirty: &mut PageSet) -> std::io::Result<()> {
+    fn collect(&self, dirty: &mut PageSet, _ignored: &PageSet) -> std::io::Result<()> {
         let mut written = self.0.lock().expect("nobody panicked");
         written.drain(..).for_each(|page| dirty.insert(page));
         Ok(())

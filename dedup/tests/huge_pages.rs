@@ -143,7 +143,7 @@ fn huge_pages_that_are_equal_as_a_whole_are_shared_as_a_whole() {
 struct Written(Arc<Mutex<Vec<u32>>>);
 
 impl DirtySource for Written {
-    fn collect(&self, dirty: &mut PageSet) -> std::io::Result<()> {
+    fn collect(&self, dirty: &mut PageSet, _ignored: &PageSet) -> std::io::Result<()> {
         let written = std::mem::take(&mut *self.0.lock().expect("nobody panics with it"));
         written.into_iter().for_each(|page| dirty.insert(page));
         Ok(())

@@ -43,7 +43,7 @@ impl Numbers {
 struct Written(Arc<Mutex<PageSet>>);
 
 impl DirtySource for Written {
-    fn collect(&self, dirty: &mut PageSet) -> std::io::Result<()> {
+    fn collect(&self, dirty: &mut PageSet, _ignored: &PageSet) -> std::io::Result<()> {
         let mut written = self.0.lock().expect("nobody panics with it");
         let empty = PageSet::new(written.pages());
         let taken = std::mem::replace(&mut *written, empty);

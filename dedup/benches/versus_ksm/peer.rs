@@ -99,7 +99,7 @@ impl Written {
 }
 
 impl DirtySource for Written {
-    fn collect(&self, dirty: &mut PageSet) -> io::Result<()> {
+    fn collect(&self, dirty: &mut PageSet, _ignored: &PageSet) -> io::Result<()> {
         for page in self.lock().drain(..) {
             dirty.insert(page);
         }

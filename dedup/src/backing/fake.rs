@@ -52,6 +52,8 @@ pub(crate) struct FakeMemory {
     freed: Arc<AtomicBool>,
     /// Pages written to since the source was asked last.
     written: Arc<Mutex<Vec<u32>>>,
+    /// Pages that nobody wanted to hear of then.
+    ignored: Arc<Mutex<Option<PageSet>>>,
 }
 
 /// Tells what a region of the model was written to.
@@ -59,9 +61,14 @@ pub(crate) struct FakeMemory {
 pub(crate) struct FakeSource(FakeMemory);
 
 impl DirtySource for FakeSource {
-    fn collect(&self, dirty: &mut PageSet) -> io::Result<()> {
-        // What it knew is lost if it fails.
-        let written = std::mem::take(&mut *sync::lock(&self.0.written));
+    /// Like KVM: a page that is ignored stays in the log, to be told of when it is not.
+    fn collect(&self, dirty: &mut PageSet, ignored: &PageSet) -> io::Result<()> {
+        *sync::lock(&self.0.ignored) = Some(ignored.clone());
+        let all = std::mem::take(&mut *sync::lock(&self.0.written));
+        let is_ignored = |page: &u32| ignored.contains(*page);
+        let (kept, written): (Vec<u32>, Vec<u32>) = all.into_iter().partition(is_ignored);
+        sync::lock(&self.0.written).extend(kept);
+        // What it told is lost if it fails.
         self.0.call(Call::Collect)?;
         written.into_iter().for_each(|page| dirty.insert(page));
         Ok(())
@@ -83,12 +90,19 @@ impl FakeMemory {
             is_huge: Arc::default(),
             freed: Arc::default(),
             written: Arc::default(),
+            ignored: Arc::default(),
         }
     }
 
     /// Who tells what was written.
     pub(crate) fn source(&self) -> Box<dyn DirtySource> {
         Box::new(FakeSource(self.clone()))
+    }
+
+    /// Whether the source was told last to ignore a page.
+    pub(crate) fn is_ignored(&self, page: u32) -> bool {
+        let ignored = sync::lock(&self.ignored);
+        ignored.as_ref().is_some_and(|pages| pages.contains(page))
     }
 
     /// A write by the guest.

@@ -1,6 +1,8 @@
 //! KVM: a VM with its interrupt controllers, and vCPUs that can be stopped at any moment.
 
 pub(crate) mod cpuid;
+#[expect(unsafe_code, reason = "an ioctl for which kvm-ioctls has no function")]
+pub(crate) mod dirty_log;
 pub(crate) mod exit;
 pub(crate) mod gate;
 pub(crate) mod registers;
