@@ -76,18 +76,25 @@ pub(crate) trait Backing: Send + Sync + 'static {
     /// Maps the pool's pages from `first` on over `range`. Its writers wait on.
     fn share(&self, pool: &Self::Pool, range: PageRange, first: PoolPage) -> io::Result<()>;
 
-    /// Drops the private copies over the pool pages that `range` is mapped to, which hold the
-    /// same. Its writers wait on. Costs no VMA, unlike [`Backing::share`].
-    fn uncover(&self, range: PageRange) -> io::Result<()>;
+    /// Drops the private copies over the pool pages that `parts` are mapped to, which hold the
+    /// same. Their writers wait on. Costs no VMA, unlike [`Backing::share`].
+    ///
+    /// As a `write` may take fewer bytes than it is given, this may do fewer parts: it returns how
+    /// many from the first on, at least one, and fails only for the first. Never called with none.
+    fn uncover(&self, parts: &[PageRange]) -> io::Result<usize>;
 
     /// Puts one private mapping over `range`, in one step, with a copy of what each page shows.
     /// `under` tells for each page whether it is mapped to the pool: of the others, those without
     /// memory stay so. Its writers wait on.
     fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()>;
 
-    /// Gives back the pages of `range`, which hold zeros. Its writers wait on. `in_pool_vma` tells
-    /// that the range is mapped to the pool, where dropping would uncover a pool page.
-    fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()>;
+    /// Gives back the pages of `parts`, which hold zeros and are not mapped to the pool. Their
+    /// writers wait on. Returns how many parts it did, as [`Backing::uncover`].
+    fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize>;
+
+    /// Gives back the pages of `range`, which hold zeros and are mapped to the pool, where dropping
+    /// them would uncover a pool page. Its writers wait on.
+    fn unmap_zeros(&self, range: PageRange) -> io::Result<()>;
 
     /// Gives every page of `range` a private copy of what it shows, as a write by the guest would.
     fn unshare(&self, range: PageRange) -> io::Result<()>;

@@ -40,6 +40,7 @@
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
+//! | `zeros` | pages of zeros, given back in groups | mechanism |
 //! | `heal` | mappings that are not worth it any more | policy |
 //! | `huge` | which huge pages are split | policy |
 //! | `places` | guesses: who shared last | pure |
@@ -122,6 +123,7 @@ mod visit;
 mod watched;
 mod work;
 mod worker;
+mod zeros;
 
 pub use advisor::AdvisorMode;
 pub use budget::{Headroom, MemoryGauge};

@@ -7,7 +7,6 @@
 use std::io;
 
 use crate::backing::Backing;
-use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
 use crate::page::{HUGE_PAGE_PAGES, PageRange, PoolPage, range_pages, runs};
 use crate::protected::Protected;
@@ -32,10 +31,7 @@ impl<B: Backing> Scanner<B> {
             self.read_and_plan(inside, page, plan);
         }
         plan.zeros.sort_unstable();
-        for run in runs(&plan.zeros, RUN_PAGES_MAX, |a, b| a + 1 == *b) {
-            let done = self.merge_zeros(inside, run[0]..run[0] + run_len(run));
-            report("drop zero pages", id, done);
-        }
+        self.merge_zeros(inside, &plan.zeros);
         plan.pairs.sort_unstable_by_key(|pair| pair.page);
         for run in runs(&plan.pairs, RUN_PAGES_MAX, |a, b| a.page + 1 == b.page) {
             let done = self.found_run(inside, run);
@@ -73,52 +69,6 @@ impl<B: Backing> Scanner<B> {
             items.set_state(pair.partner_page, PageState::Volatile { checksum });
             let pending = self.pending(pair.partner).into_iter();
             pending.for_each(|pending| pending.insert(pair.partner_page));
-        }
-    }
-
-    fn merge_zeros(&mut self, inside: &Entered<'_, B>, range: PageRange) -> io::Result<()> {
-        if inside.is_exiting() {
-            return Ok(());
-        }
-        let id = inside.region.id();
-        let remapped = self.items(id).any_in_pool_vma(&range);
-        let mut protected = Protected::new(inside.backing(), range.clone(), remapped)?;
-        let still_zero: Vec<u32> = range
-            .filter(|&page| inside.backing().is_zero(page))
-            .collect();
-        let in_pool: Vec<bool> = still_zero
-            .iter()
-            .map(|&page| self.items(id).in_pool_vma(page))
-            .collect();
-        let zeros: Vec<(u32, bool)> = still_zero.into_iter().zip(in_pool).collect();
-        for run in runs(&zeros, usize::MAX, |a, b| a.0 + 1 == b.0 && a.1 == b.1) {
-            let (first, in_pool_vma) = run[0];
-            let part = first..first + run_len(run);
-            if in_pool_vma {
-                let added = self.items(id).vmas_added_by_remap(&part);
-                if !self.takes_vmas(added, range_pages(&part)) {
-                    self.leave_out(id, &part);
-                    continue;
-                }
-            }
-            protected.drop_zeros(&part, in_pool_vma)?;
-            if in_pool_vma {
-                self.remap(id, &part, None);
-            }
-            self.changes += u64::from(range_pages(&part));
-            for page in part {
-                self.items(id).set_state(page, PageState::Zero);
-            }
-        }
-        Ok(())
-    }
-
-    /// Leaves zero pages out for good, until they change: trying again in each pass would cost CPU.
-    fn leave_out(&mut self, id: RegionId, part: &PageRange) {
-        let checksum = Fingerprint::of_zeros().checksum();
-        for page in part.clone() {
-            self.items(id)
-                .set_state(page, PageState::Unshared { checksum });
         }
     }
 

@@ -42,10 +42,10 @@ impl<'a, B: Backing> Protected<'a, B> {
         self.backing.share(pool, part.clone(), first)
     }
 
-    /// Drops the private copies of a part of the range, which are equal to the pool pages under
-    /// them.
-    pub(crate) fn uncover(&mut self, part: &PageRange) -> io::Result<()> {
-        self.backing.uncover(part.clone())
+    /// Drops the private copies of parts of the range, which are equal to the pool pages under
+    /// them. Returns how many of the parts, from the first on, and at least one.
+    pub(crate) fn uncover(&mut self, parts: &[PageRange]) -> io::Result<usize> {
+        self.backing.uncover(parts)
     }
 
     /// Puts one mapping without the pool in place of the whole range, with the same content. `under`
@@ -55,10 +55,16 @@ impl<'a, B: Backing> Protected<'a, B> {
         self.backing.rebuild(self.range.clone(), under)
     }
 
-    /// Gives back a part of the range, which holds zeros.
-    pub(crate) fn drop_zeros(&mut self, part: &PageRange, in_pool_vma: bool) -> io::Result<()> {
-        self.remapped |= in_pool_vma;
-        self.backing.drop_zeros(part.clone(), in_pool_vma)
+    /// Gives back parts of the range, which hold zeros and are not mapped to the pool. Returns how
+    /// many of them, from the first on, and at least one.
+    pub(crate) fn drop_zeros(&mut self, parts: &[PageRange]) -> io::Result<usize> {
+        self.backing.drop_zeros(parts)
+    }
+
+    /// Gives back a part of the range, which holds zeros and is mapped to the pool.
+    pub(crate) fn unmap_zeros(&mut self, part: &PageRange) -> io::Result<()> {
+        self.remapped = true;
+        self.backing.unmap_zeros(part.clone())
     }
 }
 

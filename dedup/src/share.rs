@@ -4,7 +4,7 @@ use std::io;
 
 use crate::backing::Backing;
 use crate::merge::{RUN_PAGES_MAX, report, run_len};
-use crate::page::{PoolPage, runs};
+use crate::page::{PageRange, PoolPage, runs};
 use crate::protected::Protected;
 use crate::region::Entered;
 use crate::scanner::Scanner;
@@ -15,7 +15,7 @@ pub(crate) type Candidate = (u32, PoolPage);
 /// What a writer may wait for at most, by the costs below.
 const GROUP_US_MAX: u32 = 300;
 /// Mapping a run: the system call, and the VMAs that it splits.
-const PART_US: u32 = 6;
+pub(crate) const PART_US: u32 = 6;
 /// Comparing a page and dropping its private copy, in parts of a microsecond.
 const PAGES_PER_US: u32 = 2;
 /// Pages between two candidates that are protected along with them.
@@ -23,19 +23,33 @@ const GAP_PAGES_MAX: u32 = 8;
 
 /// How many of the ascending candidates, at least one, are protected together.
 fn group_len(candidates: &[Candidate]) -> usize {
-    let (mut parts, mut pages) = (1, 1);
-    for (index, pair) in candidates.windows(2).enumerate() {
-        let (before, after) = (pair[0], pair[1]);
-        pages += after.0 - before.0;
-        parts += u32::from(!continues(&before, &after));
-        if after.0 - before.0 > GAP_PAGES_MAX
+    grouped(
+        candidates,
+        |&(page, _)| page,
+        |before, after| u32::from(!continues(before, after)) * PART_US,
+    )
+}
+
+/// How many of the ascending items, at least one, are protected together. `part_us` tells what it
+/// takes to begin a part with the second of two neighbours, 0 if it continues that of the first.
+pub(crate) fn grouped<T>(
+    items: &[T],
+    page_of: impl Fn(&T) -> u32,
+    part_us: impl Fn(&T, &T) -> u32,
+) -> usize {
+    let (mut parts_us, mut pages) = (PART_US, 1);
+    for (index, pair) in items.windows(2).enumerate() {
+        let step = page_of(&pair[1]) - page_of(&pair[0]);
+        pages += step;
+        parts_us += part_us(&pair[0], &pair[1]);
+        if step > GAP_PAGES_MAX
             || pages as usize > RUN_PAGES_MAX
-            || parts * PART_US + pages / PAGES_PER_US > GROUP_US_MAX
+            || parts_us + pages / PAGES_PER_US > GROUP_US_MAX
         {
             return index + 1;
         }
     }
-    candidates.len()
+    items.len()
 }
 
 fn continues(before: &Candidate, after: &Candidate) -> bool {
@@ -92,17 +106,26 @@ impl<B: Backing> Scanner<B> {
                 unequal.push(page);
             }
         }
+        let (mut covering, mut pool_pages): (Vec<PageRange>, Vec<PoolPage>) = Default::default();
         for part in runs(&equal, usize::MAX, |a, b| {
             continues(&a.0, &b.0) && a.1 == b.1
         }) {
             let ((page, pool_page), is_covering) = part[0];
             let pages = page..page + run_len(part);
             if is_covering {
-                protected.uncover(&pages)?;
-                self.note_shared(id, &pages, pool_page);
+                covering.push(pages);
+                pool_pages.push(pool_page);
             } else {
                 self.share(&mut protected, id, &pages, pool_page)?;
             }
+        }
+        let mut done = 0;
+        while done < covering.len() {
+            let more = protected.uncover(&covering[done..])?;
+            for (pages, &pool_page) in covering.iter().zip(&pool_pages).skip(done).take(more) {
+                self.note_shared(id, pages, pool_page);
+            }
+            done += more;
         }
         Ok(())
     }

@@ -103,6 +103,8 @@ fn merge_cases(scale: usize) -> Vec<Case> {
         merge("shuffled.16x128", many(Workload::shuffled)),
         merge("image.2x256", few(Workload::image)),
         merge("image.16x128", many(Workload::image)),
+        merge("zeros.2x256", few(Workload::zeros)),
+        merge("zeros.16x128", many(Workload::zeros)),
         merge("clones-huge.2x256", few(Workload::clones).huge()),
         merge("clones-huge.16x128", many(Workload::clones).huge()),
     ]

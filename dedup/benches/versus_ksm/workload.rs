@@ -82,6 +82,25 @@ impl Workload {
         }
     }
 
+    /// Half of the pages, at random, are zeros; no other page has an equal.
+    pub(crate) fn zeros(regions: usize, pages: usize) -> Workload {
+        let mut random = Random::new(13);
+        let regions = (0..regions)
+            .map(|region| {
+                (0..pages)
+                    .map(|page| match random.below(2) {
+                        0 => 0,
+                        _ => UNIQUE * (region as u64 + 1) + page as u64,
+                    })
+                    .collect()
+            })
+            .collect();
+        Workload {
+            regions,
+            has_huge_pages: false,
+        }
+    }
+
     pub(crate) fn oracle(&self) -> Oracle {
         let mut copies: HashMap<Content, u64> = HashMap::new();
         for &content in self.regions.iter().flatten() {

@@ -178,6 +178,39 @@ impl FakeMemory {
         }
         call::count_down(&self.calls_left)
     }
+
+    /// Makes one call for each part until one fails, or some are done: the kernel may stop early.
+    fn call_for_parts(
+        &self,
+        kind: Call,
+        parts: &[PageRange],
+        change: impl Fn(u32),
+    ) -> io::Result<usize> {
+        const PARTS_MAX: usize = 3;
+        for (done, part) in parts.iter().take(PARTS_MAX).enumerate() {
+            match self.call(kind) {
+                Err(error) if done == 0 => return Err(error),
+                Err(_) => return Ok(done),
+                Ok(()) => part.clone().for_each(&change),
+            }
+        }
+        Ok(parts.len().min(PARTS_MAX))
+    }
+
+    fn drop_zero(&self, page: u32, in_pool_vma: bool) {
+        assert!(
+            sync::lock(&self.protected)[page as usize],
+            "dropped without protection"
+        );
+        assert_eq!(self.content(page), 0, "page {page} is dropped and not zero");
+        let under = sync::lock(&self.under)[page as usize].take();
+        assert_eq!(
+            under.is_some(),
+            in_pool_vma,
+            "page {page} shows the pool again"
+        );
+        sync::lock(&self.pages)[page as usize] = FakePage::Absent;
+    }
 }
 
 impl Backing for FakeMemory {
@@ -297,9 +330,8 @@ impl Backing for FakeMemory {
         Ok(())
     }
 
-    fn uncover(&self, range: PageRange) -> io::Result<()> {
-        self.call(Call::Uncover)?;
-        for page in range.clone() {
+    fn uncover(&self, parts: &[PageRange]) -> io::Result<usize> {
+        self.call_for_parts(Call::Uncover, parts, |page| {
             assert!(
                 sync::lock(&self.protected)[page as usize],
                 "uncovered without protection"
@@ -308,8 +340,7 @@ impl Backing for FakeMemory {
                 sync::lock(&self.under)[page as usize].expect("it is mapped to the pool");
             assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
-        }
-        Ok(())
+        })
     }
 
     fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
@@ -334,18 +365,13 @@ impl Backing for FakeMemory {
         Ok(())
     }
 
-    fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
-        self.call(Call::DropZeros)?;
-        for page in range.clone() {
-            assert_eq!(self.content(page), 0, "page {page} is dropped and not zero");
-            let under = sync::lock(&self.under)[page as usize].take();
-            assert_eq!(
-                under.is_some(),
-                in_pool_vma,
-                "page {page} shows the pool again"
-            );
-            sync::lock(&self.pages)[page as usize] = FakePage::Absent;
-        }
+    fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize> {
+        self.call_for_parts(Call::DropZeros, parts, |page| self.drop_zero(page, false))
+    }
+
+    fn unmap_zeros(&self, range: PageRange) -> io::Result<()> {
+        self.call(Call::UnmapZeros)?;
+        range.for_each(|page| self.drop_zero(page, true));
         Ok(())
     }
 

@@ -15,13 +15,14 @@ pub(crate) enum Call {
     Uncover,
     Rebuild,
     DropZeros,
+    UnmapZeros,
     Unshare,
     Collect,
     Punch,
 }
 
 impl Call {
-    pub(crate) const ALL: [Call; 12] = [
+    pub(crate) const ALL: [Call; 13] = [
         Call::Residency,
         Call::HasHugePage,
         Call::SplitHugePage,
@@ -31,18 +32,20 @@ impl Call {
         Call::Uncover,
         Call::Rebuild,
         Call::DropZeros,
+        Call::UnmapZeros,
         Call::Unshare,
         Call::Collect,
         Call::Punch,
     ];
 
     /// Those that take memory, or VMAs.
-    pub(super) const TAKING: [Call; 6] = [
+    pub(super) const TAKING: [Call; 7] = [
         Call::Fill,
         Call::Share,
         Call::Uncover,
         Call::Rebuild,
         Call::DropZeros,
+        Call::UnmapZeros,
         Call::Unshare,
     ];
 

@@ -3,6 +3,9 @@
 use std::io;
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use linux_raw_sys::general::PIDFD_SELF_THREAD;
 
 use super::pagemap::Pagemap;
 use super::{LinuxPool, Userfaultfd, check};
@@ -18,6 +21,8 @@ pub(crate) struct LinuxMemory {
     mapping: Mapping,
     userfaultfd: Arc<Userfaultfd>,
     pagemap: Pagemap,
+    /// The kernel takes advice for many ranges at once, or was not asked yet.
+    takes_many: AtomicBool,
 }
 
 impl LinuxMemory {
@@ -28,6 +33,7 @@ impl LinuxMemory {
             mapping,
             userfaultfd,
             pagemap: Pagemap::open()?,
+            takes_many: AtomicBool::new(true),
         })
     }
 
@@ -96,6 +102,63 @@ impl LinuxMemory {
         //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is
         //   (`MADV_POPULATE_WRITE`, `MADV_COLD`).
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
+    }
+
+    /// Drops the pages of `parts`, all by one system call if the kernel can. Returns how many parts
+    /// it did, as [`Backing::uncover`].
+    fn drop_parts(&self, parts: &[PageRange]) -> io::Result<usize> {
+        may_fail!("madvise");
+        let done = match parts {
+            [_, _, ..] if self.takes_many.load(Ordering::Relaxed) => self.drop_many(parts),
+            _ => Ok(0),
+        };
+        match done {
+            Ok(0) => {}
+            Ok(done) => return Ok(done),
+            // What is wrong with the first part, if anything is, the call for it alone will say.
+            Err(error) => self
+                .takes_many
+                .store(!is_refusal(&error), Ordering::Relaxed),
+        }
+        self.advise(&parts[0], libc::MADV_DONTNEED).map(|()| 1)
+    }
+
+    /// One call for all parts, of which the kernel may do fewer. This process names itself without a
+    /// descriptor, since Linux 6.14: older ones refuse that, and would have little gain (they flush
+    /// TLBs for each part).
+    fn drop_many(&self, parts: &[PageRange]) -> io::Result<usize> {
+        let spans: Vec<libc::iovec> = parts
+            .iter()
+            .map(|part| self.span(part))
+            .map(|(start, iov_len)| libc::iovec {
+                iov_base: start.cast(),
+                iov_len,
+            })
+            .collect();
+        let (advice, flags) = (libc::MADV_DONTNEED, 0);
+        // SAFETY:
+        // - `span` checked that each span lies inside the reserved range, which is ours alone.
+        // - As in `advise`: what is dropped holds zeros, or covers an equal page of the pool.
+        // - `spans` is valid for as long as the call takes.
+        let advised_bytes = unsafe {
+            libc::syscall(
+                libc::SYS_process_madvise,
+                PIDFD_SELF_THREAD,
+                spans.as_ptr(),
+                spans.len(),
+                advice,
+                flags,
+            )
+        };
+        let mut left_bytes =
+            usize::try_from(advised_bytes).map_err(|_| io::Error::last_os_error())?;
+        // It stops between two spans, never inside one (`mm/madvise.c`, `vector_madvise`).
+        let is_done = |span: &&libc::iovec| {
+            let rest = left_bytes.checked_sub(span.iov_len);
+            left_bytes = rest.unwrap_or(0);
+            rest.is_some()
+        };
+        Ok(spans.iter().take_while(is_done).count())
     }
 
     fn release_at_once(&self, range: &PageRange, remapped: bool) -> io::Result<()> {
@@ -214,11 +277,10 @@ impl Backing for LinuxMemory {
         self.remap(&range, Some((pool, first)))
     }
 
-    fn uncover(&self, range: PageRange) -> io::Result<()> {
+    fn uncover(&self, parts: &[PageRange]) -> io::Result<usize> {
         // In a file mapping the kernel keeps the protection of a dropped page as a marker
         // (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), which the release takes away.
-        may_fail!("madvise");
-        self.advise(&range, libc::MADV_DONTNEED)
+        self.drop_parts(parts)
     }
 
     fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
@@ -251,11 +313,11 @@ impl Backing for LinuxMemory {
         self.move_here(staging, &range)
     }
 
-    fn drop_zeros(&self, range: PageRange, in_pool_vma: bool) -> io::Result<()> {
-        if !in_pool_vma {
-            may_fail!("madvise");
-            return self.advise(&range, libc::MADV_DONTNEED);
-        }
+    fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize> {
+        self.drop_parts(parts)
+    }
+
+    fn unmap_zeros(&self, range: PageRange) -> io::Result<()> {
         self.remap(&range, None)?;
         // Declined for huge pages as the rest is.
         if let Err(error) = self.advise(&range, libc::MADV_NOHUGEPAGE)
@@ -277,6 +339,14 @@ impl Backing for LinuxMemory {
             log::error!("cannot free the pages of a region: {error}");
         }
     }
+}
+
+/// Whether the kernel does not know the call or this use of it, now and for ever.
+fn is_refusal(error: &io::Error) -> bool {
+    let refusals = [libc::EBADF, libc::EINVAL, libc::EPERM, libc::ENOSYS];
+    error
+        .raw_os_error()
+        .is_some_and(|code| refusals.contains(&code))
 }
 
 #[cfg(test)]

@@ -51,7 +51,8 @@ impl Merge {
         let own: &[Call] = match self {
             Merge::Founding => &[Call::Fill, Call::Share],
             Merge::Sharing => &[Call::Share],
-            Merge::Zeros | Merge::ZerosInPool => &[Call::DropZeros],
+            Merge::Zeros => &[Call::DropZeros],
+            Merge::ZerosInPool => &[Call::UnmapZeros],
             Merge::Uncovering => &[Call::Uncover],
         };
         [&[Call::Residency, Call::Protect], own].concat()
@@ -234,6 +235,54 @@ fn a_block_that_cannot_be_healed_keeps_its_mappings_and_its_pages() {
         world.guests[0].memory.recover();
         world.check_settled();
         assert!(world.shared.stats().vmas < vmas, "healed after {call:?}");
+    }
+}
+
+#[test]
+fn parts_of_a_batch_that_were_merged_before_one_failed_are_accounted_for() {
+    for calls in 0..=PAGES.div_ceil(2) {
+        let mut world = world();
+        for page in (0..PAGES).step_by(2) {
+            world.apply(&write(0, page, 1, 0));
+        }
+        sync::lock(&world.shared.control).waiters += 1;
+        world.pass();
+        world.guests[0].memory.fail(&[Call::DropZeros], calls);
+        world.pass();
+        assert_eq!(world.shared.stats().pages_zero, u64::from(calls));
+        world.check();
+        world.guests[0].memory.recover();
+        world.check_settled();
+        let zeros = u64::from(PAGES.div_ceil(2));
+        assert_eq!(world.shared.stats().pages_zero, zeros);
+    }
+}
+
+#[test]
+fn pages_of_a_batch_that_were_uncovered_before_one_failed_are_accounted_for() {
+    for calls in 0..=PAGES.div_ceil(2) {
+        let mut world = world();
+        world.register();
+        for region in 0..3 {
+            world.apply(&write(region, 0, PAGES, 3));
+        }
+        world.check_settled();
+        let before = world.shared.stats().pages_sharing;
+        for content in [90, 3] {
+            for page in (0..PAGES).step_by(2) {
+                world.apply(&write(0, page, 1, content));
+            }
+            sync::lock(&world.shared.control).waiters += 1;
+            world.pass();
+        }
+        world.guests[0].memory.fail(&[Call::Uncover], calls);
+        world.pass();
+        let left = u64::from(PAGES.div_ceil(2) - calls);
+        assert_eq!(world.shared.stats().pages_sharing, before - left);
+        world.check();
+        world.guests[0].memory.recover();
+        world.check_settled();
+        assert_eq!(world.shared.stats().pages_sharing, before);
     }
 }
 
