@@ -308,8 +308,10 @@ fn what_guests_read_is_what_they_wrote_whatever_the_engine_does() {
 #[cfg(feature = "failpoints")]
 #[test]
 fn what_guests_read_is_what_they_wrote_whatever_fails() {
-    const POINTS: [&str; 7] = [
+    const POINTS: [&str; 9] = [
         "mmap",
+        "bridge",
+        "bridge_move",
         "madvise",
         "userfaultfd",
         "pool_write",

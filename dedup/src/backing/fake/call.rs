@@ -12,6 +12,7 @@ pub(crate) enum Call {
     Fill,
     Protect,
     Share,
+    Bridge,
     Uncover,
     Rebuild,
     DropZeros,
@@ -21,13 +22,14 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    pub(crate) const ALL: [Call; 12] = [
+    pub(crate) const ALL: [Call; 13] = [
         Call::Residency,
         Call::HasHugePage,
         Call::SplitHugePage,
         Call::Fill,
         Call::Protect,
         Call::Share,
+        Call::Bridge,
         Call::Uncover,
         Call::Rebuild,
         Call::DropZeros,
@@ -37,9 +39,10 @@ impl Call {
     ];
 
     /// Those that take memory, or VMAs.
-    pub(super) const TAKING: [Call; 6] = [
+    pub(super) const TAKING: [Call; 7] = [
         Call::Fill,
         Call::Share,
+        Call::Bridge,
         Call::Uncover,
         Call::Rebuild,
         Call::DropZeros,
