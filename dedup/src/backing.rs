@@ -76,6 +76,18 @@ pub(crate) trait Backing: Send + Sync + 'static {
     /// Maps the pool's pages from `first` on over `range`. Its writers wait on.
     fn share(&self, pool: &Self::Pool, range: PageRange, first: PoolPage) -> io::Result<()>;
 
+    /// Maps the pool's pages from `first` on over `range` in one step, but for those of `own`, parts
+    /// of it in ascending order: they keep what they show, as private pages over places of the pool
+    /// that are not looked at. Writers of the range wait until it is done. If it fails, all is as it
+    /// was.
+    fn bridge(
+        &self,
+        pool: &Self::Pool,
+        range: PageRange,
+        first: PoolPage,
+        own: &[PageRange],
+    ) -> io::Result<()>;
+
     /// Drops the private copies over the pool pages that `parts` are mapped to, which hold the
     /// same. Their writers wait on. Costs no VMA, unlike [`Backing::share`].
     ///

@@ -12,6 +12,7 @@
 //! | `release` | releasing a range as a whole; never page by page, which cannot fail on a page that was protected |
 //! | `pool_write` | getting memory for a pool page |
 //! | `mremap` | healing a block |
+//! | `bridge`, `bridge_move` | mapping pool pages around pages that are not shared: at once, or once those were copied |
 //! | `fallocate` | punching pages out of the pool |
 //! | `pagemap` | asking what lies behind pages |
 

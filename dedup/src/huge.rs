@@ -60,15 +60,20 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
-    /// Whether `pages` consecutive pages of a region, from `page` on, may be merged for the sake of
-    /// another region. Splits the huge page they are part of, if they are enough and not all of it.
-    pub(crate) fn split_for_partners(&self, partner: &Entered<'_, B>, pages: &PageRange) -> bool {
+    /// Whether `count` pages of a region, all in `pages`, may be merged for the sake of another region.
+    /// Splits the huge page they are part of, if they are enough and not all of it.
+    pub(crate) fn split_for_partners(
+        &self,
+        partner: &Entered<'_, B>,
+        pages: &PageRange,
+        count: usize,
+    ) -> bool {
         if !self.has_huge_page(partner, pages) {
             return true;
         }
         // Fewer may still be merged when their own region is visited, together with the rest.
-        let is_enough = pages.len() >= self.huge_page_shared_pages_min as usize;
-        if is_enough && pages.len() < HUGE_PAGE_PAGES as usize {
+        let is_enough = count >= self.huge_page_shared_pages_min as usize;
+        if is_enough && count < HUGE_PAGE_PAGES as usize {
             self.split(partner, pages.start);
         }
         is_enough

@@ -36,6 +36,16 @@ pub(crate) enum PageState {
     Stable(PoolPage),
 }
 
+impl PageState {
+    /// Whether the page is the guest's own, with memory of its own, as far as it is known.
+    pub(crate) fn is_own(self) -> bool {
+        matches!(
+            self,
+            PageState::Volatile { .. } | PageState::Unshared { .. }
+        )
+    }
+}
+
 /// A page's packed item. The bits beside the state describe the mapping under the page, which
 /// outlives the state: a page that its guest wrote to is private again, yet still lies over a page
 /// of the pool, which `MADV_DONTNEED` would uncover, whatever that pool page holds by then.

@@ -41,6 +41,7 @@
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
 //! | `zeros` | pages of zeros, given back in groups | mechanism |
+//! | `group` | how many pages are protected together | pure |
 //! | `heal` | mappings that are not worth it any more | policy |
 //! | `huge` | which huge pages are split | policy |
 //! | `places` | guesses: who shared last | pure |
@@ -87,6 +88,7 @@ mod engine;
 mod fault;
 mod fingerprint;
 mod found;
+mod group;
 mod heal;
 mod huge;
 mod item;

@@ -42,6 +42,18 @@ impl<'a, B: Backing> Protected<'a, B> {
         self.backing.share(pool, part.clone(), first)
     }
 
+    /// Maps pool pages over a part of the range, but for the pages of `own`.
+    pub(crate) fn bridge(
+        &mut self,
+        pool: &B::Pool,
+        part: &PageRange,
+        first: PoolPage,
+        own: &[PageRange],
+    ) -> io::Result<()> {
+        self.remapped = true;
+        self.backing.bridge(pool, part.clone(), first, own)
+    }
+
     /// Drops the private copies of parts of the range, which are equal to the pool pages under
     /// them. Returns how many of the parts, from the first on, and at least one.
     pub(crate) fn uncover(&mut self, parts: &[PageRange]) -> io::Result<usize> {

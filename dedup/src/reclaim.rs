@@ -4,7 +4,7 @@ use crate::backing::{Backing, Pool};
 use crate::page::PoolPage;
 use crate::scanner::Scanner;
 
-/// Free runs that one sweep gives back: some milliseconds at most.
+/// Unused runs that one sweep gives back: some milliseconds at most.
 const SWEEP_RUNS_MAX: usize = 64;
 
 impl<B: Backing> Scanner<B> {
@@ -16,7 +16,7 @@ impl<B: Backing> Scanner<B> {
         self.stable.reclaim();
     }
 
-    /// Punches free runs again, if the pool holds more than is in use.
+    /// Punches unused runs again, if the pool holds more than is in use.
     ///
     /// To punch a part of a huge page the kernel splits it, and if somebody looks at it just then it
     /// fills that part with zeros instead, keeps it, and says nothing (`mm/truncate.c`,
@@ -32,7 +32,7 @@ impl<B: Backing> Scanner<B> {
         if allocated_pages <= self.stable.shared_pages() {
             return;
         }
-        let runs = self.stable.free_runs(self.sweep_from, SWEEP_RUNS_MAX);
+        let runs = self.stable.unused_runs(self.sweep_from, SWEEP_RUNS_MAX);
         self.sweep_from = match runs.get(SWEEP_RUNS_MAX - 1) {
             Some(&(first, _)) => first.plus(1),
             None => PoolPage(0),

@@ -7,26 +7,26 @@ use std::io;
 
 use crate::backing::Backing;
 use crate::fingerprint::Fingerprint;
+use crate::group::{self, RUN_NS};
 use crate::item::PageState;
 use crate::merge::{report, run_len};
 use crate::page::{PageRange, range_pages, runs};
 use crate::protected::Protected;
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
-use crate::share::{PART_US, grouped};
 
 /// Dropping a run along with others.
-const DROP_US: u32 = 1;
+const DROP_NS: u32 = 1_000;
 
 /// How many of the ascending pages, at least one, are protected together.
 fn group_len(zeros: &[u32], in_pool_vma: impl Fn(u32) -> bool) -> usize {
-    grouped(
+    group::len(
         zeros,
         |&page| page,
         |&before, &after| match (in_pool_vma(before), in_pool_vma(after)) {
             (was, is) if was == is && before + 1 == after => 0,
-            (_, true) => PART_US + DROP_US,
-            (_, false) => DROP_US,
+            (_, true) => RUN_NS + DROP_NS,
+            (_, false) => DROP_NS,
         },
     )
 }
@@ -128,9 +128,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pages_far_apart_are_not_protected_together(step in 9..600u32, in_pool_vma: bool) {
+        fn pages_far_apart_are_not_protected_together(step in 10..600u32, in_pool_vma: bool) {
             prop_assert_eq!(group_len(&[3, 3 + step], |_| in_pool_vma), 1);
-            prop_assert_eq!(group_len(&[3, 11], |_| in_pool_vma), 2);
+            prop_assert_eq!(group_len(&[3, 12], |_| in_pool_vma), 2);
         }
     }
 }

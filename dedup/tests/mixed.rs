@@ -241,7 +241,12 @@ fn assert_settles(guests: &[Guest], engine: &Engine) {
         pool_bytes == engine.stats().pool_bytes
     };
     while !agree() {
-        assert!(engine.wait_full_scans(1, deadline), "{:?}", engine.stats());
+        assert!(
+            engine.wait_full_scans(1, deadline),
+            "{:?} {:?}",
+            engine.process_memory().pool_bytes(),
+            engine.stats()
+        );
     }
     guests.iter().for_each(Guest::check_all);
 }
@@ -304,8 +309,10 @@ fn what_guests_read_is_what_they_wrote_whatever_the_engine_does() {
 #[cfg(feature = "failpoints")]
 #[test]
 fn what_guests_read_is_what_they_wrote_whatever_fails() {
-    const POINTS: [&str; 7] = [
+    const POINTS: [&str; 9] = [
         "mmap",
+        "bridge",
+        "bridge_move",
         "madvise",
         "userfaultfd",
         "pool_write",

@@ -32,6 +32,8 @@ struct Options {
     rounds: usize,
     only: Option<String>,
     quick: bool,
+    /// Leaves kernel KSM out: it takes most of the time.
+    ours: bool,
 }
 
 fn options() -> Result<Options, String> {
@@ -40,6 +42,7 @@ fn options() -> Result<Options, String> {
         rounds: 3,
         only: None,
         quick: false,
+        ours: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -55,9 +58,10 @@ fn options() -> Result<Options, String> {
             }
             "--only" => options.only = Some(value("--only")?),
             "--quick" => options.quick = true,
+            "--ours" => options.ours = true,
             other => {
                 return Err(format!(
-                    "{other}: unknown (--json FILE, --rounds N, --only WORKLOAD, --quick)"
+                    "{other}: unknown (--json FILE, --rounds N, --only WORKLOAD, --quick, --ours)"
                 ));
             }
         }
@@ -105,6 +109,8 @@ fn merge_cases(scale: usize) -> Vec<Case> {
         merge("image.16x128", many(Workload::image)),
         merge("zeros.2x256", few(Workload::zeros)),
         merge("zeros.16x128", many(Workload::zeros)),
+        merge("patchy.2x256", few(Workload::patchy)),
+        merge("patchy.16x128", many(Workload::patchy)),
         merge("clones-huge.2x256", few(Workload::clones).huge()),
         merge("clones-huge.16x128", many(Workload::clones).huge()),
     ]
@@ -157,8 +163,10 @@ fn bench(options: &Options) -> io::Result<()> {
             }
             let ours = run(&case, &mut Samepage::new(&case.workload)?, options.quick)?;
             report.add(case.name, "samepage", ours);
-            let ksm = run(&case, &mut Ksm::new(&case.workload)?, options.quick)?;
-            report.add(case.name, "ksm", ksm);
+            if !options.ours {
+                let ksm = run(&case, &mut Ksm::new(&case.workload)?, options.quick)?;
+                report.add(case.name, "ksm", ksm);
+            }
             if case.measure == Measure::Churn {
                 let off = Off::new(&case.workload)?;
                 let window = Duration::from_secs(if options.quick { 2 } else { 8 });

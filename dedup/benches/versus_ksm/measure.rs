@@ -70,7 +70,7 @@ pub(crate) fn merge(peer: &mut dyn Peer, oracle: &Oracle) -> io::Result<Figures>
     wait_for(Duration::from_secs_f64((wall_s * 0.5).clamp(0.2, 5.0)));
     let settled = peer.progress()?;
     let ideal_bytes = float(oracle.duplicate_pages * PAGE_SIZE_BYTES as u64);
-    Ok(Figures::from([
+    let mut figures = Figures::from([
         (
             "merged_pages_per_cpu_s".to_owned(),
             float(reached.merged_pages) / cpu_s,
@@ -85,7 +85,9 @@ pub(crate) fn merge(peer: &mut dyn Peer, oracle: &Oracle) -> io::Result<Figures>
             "saved_fraction_of_ideal".to_owned(),
             float_signed(settled.saved_bytes) / ideal_bytes,
         ),
-    ]))
+    ]);
+    figures.extend(settled.vmas.map(|vmas| ("vmas".to_owned(), float(vmas))));
+    Ok(figures)
 }
 
 /// The engine's CPU once all is merged, while a share of the pages is written to each second.

@@ -23,6 +23,8 @@ pub(crate) struct Progress {
     pub(crate) merged_pages: u64,
     /// Net of what the engine takes for itself.
     pub(crate) saved_bytes: i64,
+    /// Mappings that guest memory takes, where the engine needs more than it had.
+    pub(crate) vmas: Option<u64>,
 }
 
 /// An engine under measurement, with regions filled and not yet scanned.
@@ -164,6 +166,7 @@ impl Peer for Samepage {
             given_back_pages: stats.pages_sharing + stats.pages_zero,
             merged_pages: stats.pages_sharing + stats.pages_shared + stats.pages_zero,
             saved_bytes: stats.saved_bytes,
+            vmas: Some(stats.vmas),
         })
     }
 
@@ -331,6 +334,7 @@ impl Peer for Ksm {
             given_back_pages: sharing + zero,
             merged_pages: sharing + shared + zero,
             saved_bytes: get("general_profit")?,
+            vmas: None,
         })
     }
 

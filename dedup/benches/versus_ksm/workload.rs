@@ -101,6 +101,24 @@ impl Workload {
         }
     }
 
+    /// Same content, same place, but each page is unique to its region with a probability of 10 %.
+    pub(crate) fn patchy(regions: usize, pages: usize) -> Workload {
+        let mut random = Random::new(13);
+        let regions = (0..regions as u64)
+            .map(|region| {
+                let content = |page| match random.below(10) {
+                    0 => UNIQUE * (region + 1) + page,
+                    _ => page + 1,
+                };
+                (0..pages as u64).map(content).collect()
+            })
+            .collect();
+        Workload {
+            regions,
+            has_huge_pages: false,
+        }
+    }
+
     pub(crate) fn oracle(&self) -> Oracle {
         let mut copies: HashMap<Content, u64> = HashMap::new();
         for &content in self.regions.iter().flatten() {

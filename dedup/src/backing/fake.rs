@@ -54,6 +54,8 @@ pub(crate) struct FakeMemory {
     written: Arc<Mutex<Vec<u32>>>,
     /// Pages that nobody wanted to hear of then.
     ignored: Arc<Mutex<Option<PageSet>>>,
+    /// How many times pool pages were mapped around pages of its own.
+    pub(crate) bridged: Arc<AtomicU32>,
 }
 
 /// Tells what a region of the model was written to.
@@ -91,6 +93,7 @@ impl FakeMemory {
             freed: Arc::default(),
             written: Arc::default(),
             ignored: Arc::default(),
+            bridged: Arc::default(),
         }
     }
 
@@ -170,6 +173,28 @@ impl FakeMemory {
     /// Lets everything succeed again.
     pub(crate) fn recover(&self) {
         self.fail(&Call::TAKING, u32::MAX);
+    }
+
+    /// Maps equal pages of the pool over a range.
+    fn map(&self, pool: &FakePool, range: PageRange, first: PoolPage) {
+        for page in range.clone() {
+            assert!(
+                sync::lock(&self.protected)[page as usize],
+                "swapped without protection"
+            );
+            let pool_page = first.plus(page - range.start);
+            let is_same = pool.content(pool_page) == Some(self.content(page));
+            assert!(
+                is_same || self.freed.load(Ordering::Relaxed),
+                "page {page} is changed"
+            );
+            assert!(
+                !self.is_huge.load(Ordering::Relaxed) || self.keeps_huge.load(Ordering::Relaxed),
+                "a part of a huge page is not given back"
+            );
+            sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
+            sync::lock(&self.under)[page as usize] = Some(pool_page);
+        }
     }
 
     fn call(&self, kind: Call) -> io::Result<()> {
@@ -307,26 +332,42 @@ impl Backing for FakeMemory {
         self.set_protected(range, false);
     }
 
-    fn share(&self, _pool: &FakePool, range: PageRange, first: PoolPage) -> io::Result<()> {
+    fn share(&self, pool: &FakePool, range: PageRange, first: PoolPage) -> io::Result<()> {
         self.call(Call::Share)?;
-        for page in range.clone() {
-            assert!(
-                sync::lock(&self.protected)[page as usize],
-                "swapped without protection"
-            );
-            let pool_page = first.plus(page - range.start);
-            let is_same = self.pool.content(pool_page) == Some(self.content(page));
-            assert!(
-                is_same || self.freed.load(Ordering::Relaxed),
-                "page {page} is changed"
-            );
-            assert!(
-                !self.is_huge.load(Ordering::Relaxed) || self.keeps_huge.load(Ordering::Relaxed),
-                "a part of a huge page is not given back"
-            );
-            sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
-            sync::lock(&self.under)[page as usize] = Some(pool_page);
+        self.map(pool, range, first);
+        Ok(())
+    }
+
+    fn bridge(
+        &self,
+        pool: &FakePool,
+        range: PageRange,
+        first: PoolPage,
+        own: &[PageRange],
+    ) -> io::Result<()> {
+        self.call(Call::Bridge)?;
+        let mut next = range.start;
+        let slot = |page: u32| first.plus(page - range.start);
+        for pages in own {
+            assert!(next < pages.start && !pages.is_empty() && pages.end < range.end);
+            self.map(pool, next..pages.start, slot(next));
+            for page in pages.clone() {
+                assert!(
+                    sync::lock(&self.protected)[page as usize],
+                    "copied without protection"
+                );
+                let content = self.content(page);
+                assert!(
+                    content != 0 || self.freed.load(Ordering::Relaxed),
+                    "page {page} is given memory and shows zeros"
+                );
+                sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
+                sync::lock(&self.under)[page as usize] = Some(slot(page));
+            }
+            next = pages.end;
         }
+        self.map(pool, next..range.end, slot(next));
+        self.bridged.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 mod memory;
 pub(crate) mod pagemap;
 mod pool;
+mod staging;
 mod userfaultfd;
 
 pub(crate) use memory::LinuxMemory;

@@ -1,6 +1,7 @@
 //! The engine against a naive model: random writes, passes, unmerges and exits.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -10,6 +11,7 @@ use crate::backing::fake::{Call, Content, FakeMemory, FakePage, FakePool, Moment
 use crate::backoff::Intervals;
 use crate::control::Pace;
 use crate::merge_now::MergeNowError;
+use crate::page::PoolPage;
 use crate::scanner::Scanner;
 
 const PAGES: u32 = 24;
@@ -23,6 +25,12 @@ enum Step {
         pages: u32,
         content: Content,
         stride: u64,
+    },
+    /// Everybody writes the same, but for scattered pages.
+    Patch {
+        content: Content,
+        first: u32,
+        step: usize,
     },
     Pass,
     MergeNow {
@@ -64,6 +72,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Register),
         8 => (region, 0..PAGES, 1..PAGES, 0..6u64, 0..2u64).prop_map(
             |(region, page, pages, content, stride)| Step::Write { region, page, pages, content, stride }
+        ),
+        2 => (1..6u64, 0..PAGES, 2..9usize).prop_map(
+            |(content, first, step)| Step::Patch { content, first, step }
         ),
         8 => Just(Step::Pass),
         2 => region.prop_map(|region| Step::MergeNow { region }),
@@ -149,17 +160,18 @@ impl World {
                 content,
                 stride,
             } if count > 0 => {
-                let guest = &mut self.guests[region % count];
-                for page in page..PAGES.min(page + pages) {
-                    let content = if content == 0 {
-                        0
-                    } else {
-                        content + u64::from(page) * stride
-                    };
-                    guest.memory.write(page, content);
-                    guest.expected[page as usize] = content;
-                }
+                self.write(
+                    region % count,
+                    page..PAGES.min(page + pages),
+                    content,
+                    stride,
+                );
             }
+            Step::Patch {
+                content,
+                first,
+                step,
+            } => self.patch(content, first, step),
             Step::Pass => self.pass(),
             Step::MergeNow { region } if count > 0 => self.merge_now(region % count),
             Step::Batch { pages } => {
@@ -207,6 +219,30 @@ impl World {
                 self.set_run(Run::Merge);
             }
             _ => {}
+        }
+    }
+
+    fn write(&mut self, guest: usize, pages: Range<u32>, content: Content, stride: u64) {
+        let guest = &mut self.guests[guest];
+        for page in pages {
+            let content = if content == 0 {
+                0
+            } else {
+                content + u64::from(page) * stride
+            };
+            guest.memory.write(page, content);
+            guest.expected[page as usize] = content;
+        }
+    }
+
+    fn patch(&mut self, content: Content, first: u32, step: usize) {
+        for (own, guest) in (1000..).step_by(1000).zip(&mut self.guests) {
+            for page in 0..PAGES {
+                let is_own = (first..PAGES).step_by(step).any(|own| own == page);
+                let content = u64::from(page) + if is_own { own } else { content };
+                guest.memory.write(page, content);
+                guest.expected[page as usize] = content;
+            }
         }
     }
 
@@ -286,6 +322,13 @@ impl World {
         self.check_recount();
     }
 
+    /// No place in the pool is taken.
+    fn check_pool_is_free(&self) {
+        let mut scanner = sync::lock(&self.shared.scanner);
+        let all = scanner.stable.take_run(1000);
+        assert_eq!(all, Some((PoolPage(0), 1000)));
+    }
+
     fn check_recount(&self) {
         let mut copies: HashMap<Content, u64> = HashMap::new();
         let mut written = 0;
@@ -342,9 +385,11 @@ proptest! {
         world.shared.reap();
         prop_assert_eq!(world.shared.stats().slots, 0);
         prop_assert_eq!(world.pool.used_pages(), 0);
+        world.check_pool_is_free();
     }
 }
 
+mod bridging;
 mod failing;
 mod orders;
 mod scenarios;

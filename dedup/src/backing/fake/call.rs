@@ -12,6 +12,7 @@ pub(crate) enum Call {
     Fill,
     Protect,
     Share,
+    Bridge,
     Uncover,
     Rebuild,
     DropZeros,
@@ -22,13 +23,14 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    pub(crate) const ALL: [Call; 13] = [
+    pub(crate) const ALL: [Call; 14] = [
         Call::Residency,
         Call::HasHugePage,
         Call::SplitHugePage,
         Call::Fill,
         Call::Protect,
         Call::Share,
+        Call::Bridge,
         Call::Uncover,
         Call::Rebuild,
         Call::DropZeros,
@@ -39,9 +41,10 @@ impl Call {
     ];
 
     /// Those that take memory, or VMAs.
-    pub(super) const TAKING: [Call; 7] = [
+    pub(super) const TAKING: [Call; 8] = [
         Call::Fill,
         Call::Share,
+        Call::Bridge,
         Call::Uncover,
         Call::Rebuild,
         Call::DropZeros,

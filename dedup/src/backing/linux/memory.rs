@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use linux_raw_sys::general::PIDFD_SELF_THREAD;
 
 use super::pagemap::Pagemap;
+use super::staging::Staging;
 use super::{LinuxPool, Userfaultfd, check};
 use crate::backing::{Backing, Residency};
 use crate::fault::may_fail;
@@ -78,19 +79,22 @@ impl LinuxMemory {
     }
 
     /// Moves a mapping with everything in it over `range`: one step for those who read it.
-    fn move_here(&self, staging: Mapping, range: &PageRange) -> io::Result<()> {
+    ///
+    /// # Safety
+    /// The mapping is the caller's, as long as the range, shows what the range shows, and is used by
+    /// nobody afterwards.
+    unsafe fn move_here(&self, staging: *mut u8, range: &PageRange) -> io::Result<()> {
         let (start, len_bytes) = self.span(range);
         // SAFETY:
         // - `span` checked that the range lies inside the reserved range, which is ours alone.
-        // - `staging` has the same size, and is given up below without being unmapped.
+        // - The caller vouches for the other one.
         let moved = unsafe {
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            libc::mremap(staging.as_ptr().cast(), len_bytes, len_bytes, flags, start)
+            libc::mremap(staging.cast(), len_bytes, len_bytes, flags, start)
         };
         if moved == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        std::mem::forget(staging);
         Ok(())
     }
 
@@ -277,6 +281,36 @@ impl Backing for LinuxMemory {
         self.remap(&range, Some((pool, first)))
     }
 
+    fn bridge(
+        &self,
+        pool: &LinuxPool,
+        range: PageRange,
+        first: PoolPage,
+        own: &[PageRange],
+    ) -> io::Result<()> {
+        may_fail!("bridge");
+        let staging = Staging::new(pool, first, range_pages(&range), &self.userfaultfd)?;
+        for pages in own {
+            let (from, _) = self.span(pages);
+            // SAFETY: `span` checked that the pages lie inside the reserved range.
+            unsafe {
+                staging.copy_in(
+                    pages.start - range.start,
+                    from,
+                    range_pages(pages),
+                    &self.userfaultfd,
+                )?;
+            }
+        }
+        // Half-way: all that was copied is given back, and the guest never saw it.
+        may_fail!("bridge_move");
+        // SAFETY: the staging range was made above, as long as `range`. It shows copies of the pages
+        // of `own`, and pages of the pool that the engine compared with the others.
+        unsafe { self.move_here(staging.as_ptr(), &range)? };
+        std::mem::forget(staging);
+        Ok(())
+    }
+
     fn uncover(&self, parts: &[PageRange]) -> io::Result<usize> {
         // In a file mapping the kernel keeps the protection of a dropped page as a marker
         // (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), which the release takes away.
@@ -310,7 +344,10 @@ impl Backing for LinuxMemory {
             // which nobody else knows; the caller has stopped the writers of the former.
             unsafe { ptr::copy_nonoverlapping(from, staging.address(page), PAGE_SIZE_BYTES) };
         }
-        self.move_here(staging, &range)
+        // SAFETY: the staging range was made above, as long as `range` and with its content.
+        unsafe { self.move_here(staging.as_ptr(), &range)? };
+        std::mem::forget(staging);
+        Ok(())
     }
 
     fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize> {

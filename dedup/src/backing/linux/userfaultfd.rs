@@ -1,4 +1,5 @@
-//! Synchronous write protection of ranges by `userfaultfd` (`mm/userfaultfd.c`).
+//! Synchronous write protection of ranges by `userfaultfd` (`mm/userfaultfd.c`), and pages put in
+//! place before anybody sees them.
 //!
 //! A writer of a protected page sleeps in the fault until the range is released or woken; nobody
 //! reads fault messages, because the engine itself always ends what it began.
@@ -12,21 +13,25 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use linux_raw_sys::general::{
-    __NR_userfaultfd, UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_range, uffdio_register,
-    uffdio_writeprotect,
+    __NR_userfaultfd, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, uffdio_api,
+    uffdio_copy, uffdio_range, uffdio_register, uffdio_writeprotect,
 };
-use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT};
+use linux_raw_sys::ioctl::{
+    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
+};
 
 use super::check;
 
 // `include/uapi/linux/userfaultfd.h`; names that the bindings leave out.
 const UFFD_API: u64 = 0xaa;
 const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// Protects pages without memory too (Linux 6.4), as it always does in mappings of the pool: a first
 /// write to one would else go past the protection of the range that it lies in.
 const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1 << 0;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 
 /// An open userfaultfd, agreed on write protection of anonymous and pool pages.
@@ -40,6 +45,7 @@ impl Userfaultfd {
         let mut api = uffdio_api {
             api: UFFD_API,
             features: UFFD_FEATURE_PAGEFAULT_FLAG_WP
+                | UFFD_FEATURE_MISSING_SHMEM
                 | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
                 | UFFD_FEATURE_WP_UNPOPULATED,
             ioctls: 0,
@@ -73,12 +79,54 @@ impl Userfaultfd {
 
     /// Makes a range protectable. Doing it again is harmless.
     pub(crate) fn register(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
+        self.register_for(UFFDIO_REGISTER_MODE_WP, start, len_bytes)
+    }
+
+    /// Takes a range on for [`Userfaultfd::copy`]. Whoever touches a page of it that is not there
+    /// sleeps for ever, so nobody may know of it.
+    pub(super) fn register_missing(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
+        self.register_for(UFFDIO_REGISTER_MODE_MISSING, start, len_bytes)
+    }
+
+    fn register_for(&self, mode: u32, start: *mut u8, len_bytes: usize) -> io::Result<()> {
         let mut register = uffdio_register {
             range: range(start, len_bytes),
-            mode: u64::from(UFFDIO_REGISTER_MODE_WP),
+            mode: u64::from(mode),
             ioctls: 0,
         };
         self.ioctl(UFFDIO_REGISTER, &mut register)
+    }
+
+    /// Puts private copies of the pages from `from` on over those from `to` on, none of which is
+    /// there yet.
+    ///
+    /// # Safety
+    /// The source is mapped; others may write to it. The target is registered by
+    /// [`Userfaultfd::register_missing`], and what it shows is the caller's business.
+    pub(super) unsafe fn copy(
+        &self,
+        to: *mut u8,
+        from: *const u8,
+        len_bytes: usize,
+    ) -> io::Result<()> {
+        let mut done_bytes = 0;
+        while done_bytes < len_bytes {
+            let mut request = uffdio_copy {
+                dst: to.wrapping_add(done_bytes).addr() as u64,
+                src: from.wrapping_add(done_bytes).addr() as u64,
+                len: (len_bytes - done_bytes) as u64,
+                mode: UFFDIO_COPY_MODE_DONTWAKE,
+                copy: 0,
+            };
+            let copied = self.ioctl(UFFDIO_COPY, &mut request);
+            // How many bytes, if any; also where it says that the rest is to be asked for again.
+            done_bytes += usize::try_from(request.copy).unwrap_or(0);
+            match copied {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Stops writers of the range.
@@ -114,7 +162,8 @@ impl Userfaultfd {
         // SAFETY:
         // - Each request of this module takes a pointer to the struct it is called with.
         // - `argument` is valid for reads and writes for the length of the call.
-        // - The requests change protection bits of this process, never the content of memory.
+        // - The requests change protection bits of this process, never the content of memory, but
+        //   for `UFFDIO_COPY`, whose caller vouches for it.
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), libc::c_ulong::from(request), argument) })
     }
 }

@@ -29,6 +29,8 @@ enum Merge {
     Founding,
     /// Pages equal to stable pages.
     Sharing,
+    /// Pages equal to stable pages, on both sides of some that are not.
+    Bridging,
     /// Pages of zeros.
     Zeros,
     /// Pages of zeros that are mapped to the pool.
@@ -38,9 +40,10 @@ enum Merge {
 }
 
 impl Merge {
-    const ALL: [Merge; 5] = [
+    const ALL: [Merge; 6] = [
         Merge::Founding,
         Merge::Sharing,
+        Merge::Bridging,
         Merge::Zeros,
         Merge::ZerosInPool,
         Merge::Uncovering,
@@ -51,6 +54,7 @@ impl Merge {
         let own: &[Call] = match self {
             Merge::Founding => &[Call::Fill, Call::Share],
             Merge::Sharing => &[Call::Share],
+            Merge::Bridging => &[Call::Bridge],
             Merge::Zeros => &[Call::DropZeros],
             Merge::ZerosInPool => &[Call::UnmapZeros],
             Merge::Uncovering => &[Call::Uncover],
@@ -72,7 +76,7 @@ impl Merge {
                 world.apply(&write(0, 0, PAGES, 3));
                 world.apply(&write(1, 0, PAGES, 3));
             }
-            Merge::Sharing => {
+            Merge::Sharing | Merge::Bridging => {
                 settle(&mut world, &[0, 1]);
                 world.register();
                 world.guests[2]
@@ -80,6 +84,10 @@ impl Merge {
                     .is_huge
                     .store(false, Ordering::Relaxed);
                 world.apply(&write(2, 0, PAGES, 3));
+                if let Merge::Bridging = self {
+                    world.apply(&write(2, 5, 2, 1000));
+                    world.apply(&write(2, 11, 1, 2000));
+                }
             }
             Merge::Zeros => world.apply(&write(0, 0, PAGES, 0)),
             Merge::ZerosInPool => {
