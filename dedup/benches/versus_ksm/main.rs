@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use dedup::PAGE_SIZE_BYTES;
 use measure::Figures;
-use peer::{Ksm, MaxMapCount, Off, Peer, Samepage, warm_up};
+use peer::{Ksm, MaxMapCount, Off, Peer, Samepage, alone, warm_up};
 use report::Report;
 use workload::Workload;
 
@@ -150,6 +150,7 @@ fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
 }
 
 fn bench(options: &Options) -> io::Result<()> {
+    let _alone = alone()?;
     let _raised = MaxMapCount::raise()?;
     warm_up(WARM_UP_PAGES * PAGE_SIZE_BYTES / if options.quick { 4 } else { 1 })?;
     let mut report = Report::default();

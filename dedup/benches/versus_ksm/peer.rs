@@ -11,6 +11,7 @@ use dedup::{
     AdvisorMode, DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, Pace, PageSet,
     RegionHandle, Run, Settings,
 };
+use rustix::fs::{FlockOperation, flock};
 
 use crate::workload::{Workload, fill};
 
@@ -242,6 +243,15 @@ impl Drop for MaxMapCount {
             );
         }
     }
+}
+
+/// Makes sure that no other run of this bench goes on until the file is closed: two would set kernel
+/// KSM's pace for each other, and the second would restore what the first had set.
+pub(crate) fn alone() -> io::Result<fs::File> {
+    let file = fs::File::open(Path::new(KSM).join("run"))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| io::Error::other(format!("{KSM} is in use by another run: {error}")))?;
+    Ok(file)
 }
 
 /// Settings of kernel KSM as they were, put back on drop.
