@@ -3,6 +3,7 @@
 //! Needs root. Every KSM setting, and `vm.max_map_count`, is restored at the end.
 #![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
 
+mod advised;
 mod exits;
 mod measure;
 mod peer;
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use dedup::PAGE_SIZE_BYTES;
 use measure::Figures;
-use peer::{Ksm, MaxMapCount, Off, Peer, Samepage, warm_up};
+use peer::{Ksm, MaxMapCount, Off, Peer, Samepage, alone, warm_up};
 use report::Report;
 use workload::Workload;
 
@@ -80,6 +81,10 @@ struct Case {
 enum Measure {
     Merge,
     Calm,
+    /// At the pace of an advisor, with this target.
+    Advised {
+        target_ms: u32,
+    },
     Churn,
     Unmerge,
     Exit,
@@ -119,8 +124,14 @@ fn merge_cases(scale: usize) -> Vec<Case> {
 /// Memory that is merged already.
 fn merged_cases(scale: usize) -> Vec<Case> {
     let clones = |regions, mib| Workload::clones(regions, mib * MIB_PAGES / scale);
+    let advised = |name, target_ms| {
+        let workload = clones(7, 64).with_a_stranger();
+        case(name, Measure::Advised { target_ms }, workload)
+    };
     vec![
         case("calm", Measure::Calm, clones(8, 64)),
+        advised("advisor.2s", 2000),
+        advised("advisor.quarter", 250),
         case("churn", Measure::Churn, clones(4, 64)),
         case("unmerge", Measure::Unmerge, clones(4, 64)),
         case("exit", Measure::Exit, clones(6, 128)),
@@ -130,10 +141,13 @@ fn merged_cases(scale: usize) -> Vec<Case> {
 }
 
 fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
-    let merged = measure::merge(peer, &case.workload.oracle())?;
     let window = Duration::from_secs(if quick { 2 } else { 8 });
+    if let Measure::Advised { target_ms } = case.measure {
+        return advised::advised(peer, &case.workload, target_ms, window);
+    }
+    let merged = measure::merge(peer, &case.workload.oracle())?;
     match case.measure {
-        Measure::Merge => Ok(merged),
+        Measure::Merge | Measure::Advised { .. } => Ok(merged),
         Measure::Calm => measure::calm(peer, &case.workload, window),
         Measure::Churn => measure::churn(Some(peer), &peer.region_starts(), &case.workload, window),
         Measure::Unmerge => measure::unmerge(peer),
@@ -142,6 +156,7 @@ fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
 }
 
 fn bench(options: &Options) -> io::Result<()> {
+    let _alone = alone()?;
     let _raised = MaxMapCount::raise()?;
     warm_up(WARM_UP_PAGES * PAGE_SIZE_BYTES / if options.quick { 4 } else { 1 })?;
     let mut report = Report::default();

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dedup::{
-    DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, Pace, PageSet, RegionHandle, Run,
-    Settings,
+    AdvisorMode, DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, Pace, PageSet,
+    RegionHandle, Run, Settings,
 };
+use rustix::fs::{FlockOperation, flock};
 
 use crate::workload::{Workload, fill};
 
@@ -40,7 +41,17 @@ pub(crate) trait Peer {
     fn region_starts(&self) -> Vec<*mut u64>;
     /// Takes the last region away.
     fn exit_one(&mut self);
+    /// Adds a region with the content of one of the workload's.
+    fn add(&mut self, workload: &Workload, region: usize) -> io::Result<()>;
+    /// Has the engine find its pace by itself from now on, with pauses of [`ADVISED_SLEEP_MS`]. KSM
+    /// takes its target in seconds, at least one.
+    fn advise(&self, target_ms: u32) -> io::Result<()>;
 }
+
+/// Pause between two batches under an advisor: KSM's default.
+const ADVISED_SLEEP_MS: u32 = 20;
+/// Most of a CPU under an advisor: KSM's default.
+const ADVISED_CPU_PERCENT: u32 = 70;
 
 pub(crate) fn filled(workload: &Workload, region: usize) -> io::Result<Mapping> {
     let contents = &workload.regions[region];
@@ -130,20 +141,14 @@ impl Samepage {
         };
         let engine = Engine::new(&settings).map_err(io::Error::other)?;
         let task = task_named("/proc/self/task", "dedup")?;
-        let (mut regions, mut written) = (Vec::new(), Vec::new());
-        for region in 0..workload.regions.len() {
-            let source = Written(Arc::default());
-            let mapping = filled(workload, region)?;
-            let region = engine.register_watched(mapping, Box::new(source.clone()));
-            regions.push(region.map_err(io::Error::other)?);
-            written.push(source);
-        }
-        Ok(Samepage {
-            regions,
-            written,
+        let mut peer = Samepage {
+            regions: Vec::new(),
+            written: Vec::new(),
             engine,
             task,
-        })
+        };
+        (0..workload.regions.len()).try_for_each(|region| peer.add(workload, region))?;
+        Ok(peer)
     }
 
     fn set_run(&self, run: Run) -> io::Result<()> {
@@ -190,6 +195,29 @@ impl Peer for Samepage {
     fn exit_one(&mut self) {
         self.regions.pop();
     }
+
+    fn add(&mut self, workload: &Workload, region: usize) -> io::Result<()> {
+        let source = Written(Arc::default());
+        let mapping = filled(workload, region)?;
+        let region = self
+            .engine
+            .register_watched(mapping, Box::new(source.clone()));
+        self.regions.push(region.map_err(io::Error::other)?);
+        self.written.push(source);
+        Ok(())
+    }
+
+    fn advise(&self, target_ms: u32) -> io::Result<()> {
+        let pace = Pace {
+            sleep_millisecs: ADVISED_SLEEP_MS,
+            max_cpu_percent: ADVISED_CPU_PERCENT,
+            advisor_mode: AdvisorMode::ScanTime,
+            target_scan_time_ms: target_ms,
+            ..Pace::default()
+        };
+        self.engine.set_pace(pace);
+        Ok(())
+    }
 }
 
 const KSM: &str = "/sys/kernel/mm/ksm";
@@ -220,6 +248,15 @@ impl Drop for MaxMapCount {
     }
 }
 
+/// Makes sure that no other run of this bench goes on until the file is closed: two would set kernel
+/// KSM's pace for each other, and the second would restore what the first had set.
+pub(crate) fn alone() -> io::Result<fs::File> {
+    let file = fs::File::open(Path::new(KSM).join("run"))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| io::Error::other(format!("{KSM} is in use by another run: {error}")))?;
+    Ok(file)
+}
+
 /// Settings of kernel KSM as they were, put back on drop.
 struct SavedSettings(Vec<(&'static str, String)>);
 
@@ -230,6 +267,8 @@ impl SavedSettings {
             "pages_to_scan",
             "sleep_millisecs",
             "use_zero_pages",
+            "advisor_max_cpu",
+            "advisor_target_scan_time",
             "advisor_mode",
         ]
         .into_iter()
@@ -281,27 +320,13 @@ impl Ksm {
         ] {
             set(name, value)?;
         }
-        let mut regions = Vec::new();
-        for region in 0..workload.regions.len() {
-            let mapping = filled(workload, region)?;
-            // SAFETY: the range is the mapping's own; the advice changes no content.
-            let advised = unsafe {
-                libc::madvise(
-                    mapping.as_ptr().cast(),
-                    mapping.size_bytes(),
-                    libc::MADV_MERGEABLE,
-                )
-            };
-            if advised != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            regions.push(mapping);
-        }
-        Ok(Ksm {
-            regions,
+        let mut peer = Ksm {
+            regions: Vec::new(),
             task,
             _saved: saved,
-        })
+        };
+        (0..workload.regions.len()).try_for_each(|region| peer.add(workload, region))?;
+        Ok(peer)
     }
 }
 
@@ -351,6 +376,34 @@ impl Peer for Ksm {
 
     fn exit_one(&mut self) {
         self.regions.pop();
+    }
+
+    fn add(&mut self, workload: &Workload, region: usize) -> io::Result<()> {
+        let mapping = filled(workload, region)?;
+        // SAFETY: the range is the mapping's own; the advice changes no content.
+        let advised = unsafe {
+            libc::madvise(
+                mapping.as_ptr().cast(),
+                mapping.size_bytes(),
+                libc::MADV_MERGEABLE,
+            )
+        };
+        if advised != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.regions.push(mapping);
+        Ok(())
+    }
+
+    fn advise(&self, target_ms: u32) -> io::Result<()> {
+        for (name, value) in [
+            ("sleep_millisecs", ADVISED_SLEEP_MS),
+            ("advisor_max_cpu", ADVISED_CPU_PERCENT),
+            ("advisor_target_scan_time", target_ms.div_ceil(1000)),
+        ] {
+            set(name, &value.to_string())?;
+        }
+        set("advisor_mode", "scan-time")
     }
 }
 

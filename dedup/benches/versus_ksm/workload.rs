@@ -33,6 +33,14 @@ impl Workload {
         }
     }
 
+    /// The same, and one region more of which no page has an equal.
+    pub(crate) fn with_a_stranger(mut self) -> Workload {
+        let pages = self.regions[0].len() as u64;
+        self.regions
+            .push((0..pages).map(|page| UNIQUE + page).collect());
+        self
+    }
+
     /// The same in transparent huge pages.
     pub(crate) fn huge(self) -> Workload {
         Workload {
