@@ -2,6 +2,7 @@
 
 mod call;
 mod pool;
+mod source;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -11,7 +12,7 @@ pub(crate) use call::Call;
 pub(crate) use pool::{FakePool, Moment};
 
 use super::{Backing, Residency};
-use crate::dirty::{DirtySource, PageSet};
+use crate::dirty::PageSet;
 use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage};
 use crate::sync;
 
@@ -58,25 +59,6 @@ pub(crate) struct FakeMemory {
     pub(crate) bridged: Arc<AtomicU32>,
 }
 
-/// Tells what a region of the model was written to.
-#[derive(Debug)]
-pub(crate) struct FakeSource(FakeMemory);
-
-impl DirtySource for FakeSource {
-    /// Like KVM: a page that is ignored stays in the log, to be told of when it is not.
-    fn collect(&self, dirty: &mut PageSet, ignored: &PageSet) -> io::Result<()> {
-        *sync::lock(&self.0.ignored) = Some(ignored.clone());
-        let all = std::mem::take(&mut *sync::lock(&self.0.written));
-        let is_ignored = |page: &u32| ignored.contains(*page);
-        let (kept, written): (Vec<u32>, Vec<u32>) = all.into_iter().partition(is_ignored);
-        sync::lock(&self.0.written).extend(kept);
-        // What it told is lost if it fails.
-        self.0.call(Call::Collect)?;
-        written.into_iter().for_each(|page| dirty.insert(page));
-        Ok(())
-    }
-}
-
 impl FakeMemory {
     pub(crate) fn new(pages: u32, pool: &FakePool) -> FakeMemory {
         FakeMemory {
@@ -97,17 +79,6 @@ impl FakeMemory {
         }
     }
 
-    /// Who tells what was written.
-    pub(crate) fn source(&self) -> Box<dyn DirtySource> {
-        Box::new(FakeSource(self.clone()))
-    }
-
-    /// Whether the source was told last to ignore a page.
-    pub(crate) fn is_ignored(&self, page: u32) -> bool {
-        let ignored = sync::lock(&self.ignored);
-        ignored.as_ref().is_some_and(|pages| pages.contains(page))
-    }
-
     /// A write by the guest.
     pub(crate) fn write(&self, page: u32, content: Content) {
         assert!(
@@ -115,12 +86,6 @@ impl FakeMemory {
             "a writer would sleep for ever"
         );
         sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
-        sync::lock(&self.written).push(page);
-    }
-
-    /// Has the source name a page that was not written to, as KVM's dirty log does after a read
-    /// for which it mapped the page writable.
-    pub(crate) fn name_dirty(&self, page: u32) {
         sync::lock(&self.written).push(page);
     }
 
