@@ -12,6 +12,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::Pace;
 
+/// Share of a CPU that the advisor takes while anything is left to visit, if the cap allows it. The
+/// target time is the latest: a burst costs the same whenever it is visited, and memory that is
+/// merged early is there early. A pass with nothing due takes nothing in any case.
+const PROMPT_CPU_PERCENT: u32 = 25;
+
 /// Who says how many pages a batch has; KSM's `advisor_mode`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -83,10 +88,15 @@ impl Advisor {
         let cycle = (sleep + self.batch_wall).max(Duration::from_micros(100));
         let batches_left = nanos(target.saturating_sub(self.elapsed)) / nanos(cycle);
         let left_pages = due_pages.saturating_sub(self.visited_pages);
-        let wanted_pages = left_pages.div_ceil(batches_left.max(1));
-        let cpu_ps = nanos(cycle) / 100 * u64::from(pace.cpu_percent()) * 1000;
-        let affordable_pages = cpu_ps.checked_div(self.page_cpu_ps).unwrap_or(u64::MAX);
-        let pages = u32::try_from(wanted_pages.min(affordable_pages)).unwrap_or(u32::MAX);
+        let in_time_pages = left_pages.div_ceil(batches_left.max(1));
+        let pages_for = |percent: u32| {
+            let cpu_ps = nanos(cycle) / 100 * u64::from(percent) * 1000;
+            cpu_ps.checked_div(self.page_cpu_ps)
+        };
+        let prompt_pages = pages_for(PROMPT_CPU_PERCENT).unwrap_or(0).min(left_pages);
+        let affordable_pages = pages_for(pace.cpu_percent()).unwrap_or(u64::MAX);
+        let wanted_pages = in_time_pages.max(prompt_pages).min(affordable_pages);
+        let pages = u32::try_from(wanted_pages).unwrap_or(u32::MAX);
         // Whatever somebody may have set: neither bound may be below one page.
         let max = pace.advisor_max_pages_to_scan.max(1);
         pages.clamp(pace.advisor_min_pages_to_scan.clamp(1, max), max)
@@ -197,6 +207,21 @@ mod tests {
             let slack = target.mul_f64(0.25) + Duration::from_millis(100);
             prop_assert!(pass.wall <= target + slack, "{:?} for {target:?}", pass.wall);
         }
+    }
+
+    #[test]
+    fn a_burst_is_over_long_before_the_target_if_it_takes_little() {
+        let pace = Pace {
+            advisor_mode: AdvisorMode::ScanTime,
+            target_scan_time_ms: 20_000,
+            advisor_max_pages_to_scan: u32::MAX,
+            ..Pace::default()
+        };
+        // 100 ms of CPU time.
+        let pass = simulate(&pace, 50_000, 2_000, 3);
+        assert!(pass.wall < Duration::from_secs(1), "{pass:?}");
+        let share = pass.cpu.as_secs_f64() / pass.wall.as_secs_f64();
+        assert!((0.1..0.35).contains(&share), "{share}");
     }
 
     #[test]
