@@ -155,7 +155,7 @@ fn both_ns(mapping: &Mapping, places: &[bool]) -> [f64; 2] {
 struct Silent;
 
 impl DirtySource for Silent {
-    fn collect(&self, _dirty: &mut PageSet) -> std::io::Result<()> {
+    fn collect(&self, _dirty: &mut PageSet, _ignored: &PageSet) -> std::io::Result<()> {
         Ok(())
     }
 }
