@@ -1,10 +1,12 @@
 //! Our engine beside kernel KSM over the same memory: `cargo bench -p dedup --bench versus_ksm`.
 //!
-//! Needs root. Every KSM setting, and `vm.max_map_count`, is restored at the end.
+//! Needs root. Every KSM setting, `vm.max_map_count`, and what a virtual host does with free pages
+//! are restored at the end.
 #![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
 
 mod advised;
 mod exits;
+mod host;
 mod measure;
 mod peer;
 mod random;
@@ -17,8 +19,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use dedup::PAGE_SIZE_BYTES;
+use host::{Prepared, warm_up};
 use measure::Figures;
-use peer::{Ksm, MaxMapCount, Off, Peer, Samepage, alone, warm_up};
+use peer::{Ksm, Off, Peer, Samepage, alone};
 use report::Report;
 use workload::Workload;
 
@@ -157,7 +160,7 @@ fn run(case: &Case, peer: &mut dyn Peer, quick: bool) -> io::Result<Figures> {
 
 fn bench(options: &Options) -> io::Result<()> {
     let _alone = alone()?;
-    let _raised = MaxMapCount::raise()?;
+    let _prepared = Prepared::new()?;
     warm_up(WARM_UP_PAGES * PAGE_SIZE_BYTES / if options.quick { 4 } else { 1 })?;
     let mut report = Report::default();
     let scale = if options.quick { 4 } else { 1 };

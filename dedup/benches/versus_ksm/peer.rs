@@ -222,32 +222,6 @@ impl Peer for Samepage {
 
 const KSM: &str = "/sys/kernel/mm/ksm";
 
-/// How many VMAs a process may have: raised while it lives, put back on drop. A shuffled workload
-/// takes one for each page.
-pub(crate) struct MaxMapCount(String);
-
-impl MaxMapCount {
-    const PATH: &str = "/proc/sys/vm/max_map_count";
-
-    pub(crate) fn raise() -> io::Result<MaxMapCount> {
-        let saved = MaxMapCount(fs::read_to_string(Self::PATH)?);
-        fs::write(Self::PATH, "1000000")?;
-        Ok(saved)
-    }
-}
-
-impl Drop for MaxMapCount {
-    fn drop(&mut self) {
-        if let Err(error) = fs::write(Self::PATH, &self.0) {
-            eprintln!(
-                "cannot restore {} to {}: {error}",
-                Self::PATH,
-                self.0.trim()
-            );
-        }
-    }
-}
-
 /// Makes sure that no other run of this bench goes on until the file is closed: two would set kernel
 /// KSM's pace for each other, and the second would restore what the first had set.
 pub(crate) fn alone() -> io::Result<fs::File> {
@@ -405,16 +379,6 @@ impl Peer for Ksm {
         }
         set("advisor_mode", "scan-time")
     }
-}
-
-/// Touches as much memory as the measurements need, and gives it back. On a virtual host the first
-/// use of a page costs ten times what merging it does, and the engine that runs first would pay.
-pub(crate) fn warm_up(size_bytes: usize) -> io::Result<()> {
-    let mapping = Mapping::new(size_bytes).map_err(io::Error::other)?;
-    for page in 0..size_bytes / PAGE_SIZE_BYTES {
-        write_word(mapping.as_ptr().cast(), page, 0, 1);
-    }
-    Ok(())
 }
 
 /// Memory that nobody merges.
