@@ -9,12 +9,15 @@
 //!
 //! # Locks
 //! `Budget::state` is a leaf but for the gauge, which may take locks of its own and none of the
-//! engine's.
+//! engine's. Whoever looks after the guests while memory runs out asks for the budget and for what
+//! is waited for without it: the worker holds it while it asks the gauge, and beside busy guests it
+//! may be off the CPU for tens of milliseconds meanwhile.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -76,29 +79,33 @@ impl From<Shortage> for io::Error {
 /// The budget of one domain.
 #[derive(Debug)]
 pub(crate) struct Budget {
+    /// In bytes; [`UNLIMITED`] for none. Written with the lock, read without.
+    limit: AtomicU64,
+    /// What those who wait would need, in bytes. Written with the lock, read without.
+    waiting: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
 
+/// More than any machine has.
+const UNLIMITED: u64 = u64::MAX;
+
 #[derive(Debug)]
 struct State {
     gauge: Option<Arc<dyn MemoryGauge>>,
-    budget_bytes: Option<u64>,
     /// Promised.
     reserved_bytes: u64,
     /// Promised and taken, at this moment; kept until the gauge's figure is younger.
     taken: VecDeque<(Instant, u64)>,
-    /// What those who wait would need.
-    waiting_bytes: u64,
     /// Orders that sent away who waited.
     cancels: u64,
     patience: Duration,
 }
 
 impl State {
-    /// Bytes that can be promised now; `None` where nothing limits.
-    fn room_bytes(&mut self) -> Option<u64> {
-        let headroom = self.gauge.as_ref()?.headroom(self.budget_bytes)?;
+    /// Bytes of `budget_bytes` that can be promised now; `None` where nothing limits.
+    fn room_bytes(&mut self, budget_bytes: Option<u64>) -> Option<u64> {
+        let headroom = self.gauge.as_ref()?.headroom(budget_bytes)?;
         while self
             .taken
             .front()
@@ -123,11 +130,30 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = sync::lock(&self.budget.state);
         state.reserved_bytes -= self.bytes;
-        if state.gauge.is_some() && state.budget_bytes.is_some() {
+        if state.gauge.is_some() && self.budget.bytes().is_some() {
             state.taken.push_back((Instant::now(), self.bytes));
         }
         drop(state);
         self.budget.changed.notify_all();
+    }
+}
+
+/// Somebody who waits for memory, as [`Budget::waiting_bytes`] tells it.
+struct Waiting<'a> {
+    budget: &'a Budget,
+    bytes: u64,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(budget: &'a Budget, bytes: u64) -> Waiting<'a> {
+        budget.waiting.fetch_add(bytes, Ordering::Relaxed);
+        Waiting { budget, bytes }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.budget.waiting.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -136,14 +162,14 @@ impl Budget {
     pub(crate) fn new() -> Arc<Budget> {
         let state = State {
             gauge: None,
-            budget_bytes: None,
             reserved_bytes: 0,
             taken: VecDeque::new(),
-            waiting_bytes: 0,
             cancels: 0,
             patience: UNMERGE_PATIENCE,
         };
         Arc::new(Budget {
+            limit: AtomicU64::new(UNLIMITED),
+            waiting: AtomicU64::new(0),
             state: Mutex::new(state),
             changed: Condvar::new(),
         })
@@ -158,16 +184,18 @@ impl Budget {
     /// Changes the budget; `None` for none.
     pub(crate) fn set_bytes(&self, budget_bytes: Option<u64>) {
         let mut state = sync::lock(&self.state);
-        state.budget_bytes = budget_bytes;
+        let limit_bytes = budget_bytes.unwrap_or(UNLIMITED);
+        self.limit.store(limit_bytes, Ordering::Relaxed);
         // Nobody kept account while there was none.
         state.taken.clear();
         drop(state);
         self.changed.notify_all();
     }
 
-    /// The budget; `None` for none.
+    /// The budget; `None` for none. Waits for nobody.
     pub(crate) fn bytes(&self) -> Option<u64> {
-        sync::lock(&self.state).budget_bytes
+        let limit_bytes = self.limit.load(Ordering::Relaxed);
+        (limit_bytes != UNLIMITED).then_some(limit_bytes)
     }
 
     /// Changes how long an unmerge waits for memory.
@@ -176,9 +204,9 @@ impl Budget {
         self.changed.notify_all();
     }
 
-    /// Bytes that somebody waits for; 0 when nobody does.
+    /// Bytes that somebody waits for; 0 when nobody does. Waits for nobody.
     pub(crate) fn waiting_bytes(&self) -> u64 {
-        sync::lock(&self.state).waiting_bytes
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Has those who wait look again: memory was given back, or a region is exiting.
@@ -196,7 +224,7 @@ impl Budget {
 
     /// Whether `bytes` could be reserved without waiting.
     pub(crate) fn has_room(&self, bytes: u64) -> bool {
-        let room_bytes = sync::lock(&self.state).room_bytes();
+        let room_bytes = sync::lock(&self.state).room_bytes(self.bytes());
         room_bytes.is_none_or(|room| room >= bytes)
     }
 
@@ -211,11 +239,13 @@ impl Budget {
     ) -> Result<Reservation, Shortage> {
         let mut state = sync::lock(&self.state);
         let (cancels, begun) = (state.cancels, Instant::now());
+        // Told from the first wait to the end of the last, the looks between them included.
+        let mut waiting = None;
         loop {
             if is_cancelled() || state.cancels != cancels {
                 return Err(Shortage::Cancelled);
             }
-            let missing_bytes = match state.room_bytes() {
+            let missing_bytes = match state.room_bytes(self.bytes()) {
                 Some(room) if room < bytes => bytes - room,
                 _ => {
                     state.reserved_bytes += bytes;
@@ -225,9 +255,8 @@ impl Budget {
             let Some(left) = state.patience.checked_sub(begun.elapsed()) else {
                 return Err(Shortage::Starved { missing_bytes });
             };
-            state.waiting_bytes += bytes;
+            waiting.get_or_insert_with(|| Waiting::new(self, bytes));
             state = sync::wait_timeout(&self.changed, state, left.min(LOOK_INTERVAL));
-            state.waiting_bytes -= bytes;
         }
     }
 
@@ -235,7 +264,7 @@ impl Budget {
     /// same. Never waits: a merge gives back more than it takes. Returns how many.
     pub(crate) fn reserve_for_merge(self: &Arc<Budget>, pages: u32) -> (Reservation, u32) {
         let mut state = sync::lock(&self.state);
-        let room_pages = match state.room_bytes() {
+        let room_pages = match state.room_bytes(self.bytes()) {
             Some(bytes) => u32::try_from(bytes / bytes_of(1)).unwrap_or(u32::MAX),
             None => u32::MAX,
         };
@@ -257,7 +286,7 @@ pub(crate) fn bytes_of(pages: u32) -> u64 {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::mpsc;
     use std::thread;
 
     use proptest::prelude::*;
@@ -390,6 +419,40 @@ pub(crate) mod tests {
         assert_eq!(waiter.join().unwrap(), Err(Shortage::Cancelled));
         told.0.store(0, Ordering::Relaxed);
         drop(budget.reserve(4096, || false).unwrap());
+    }
+
+    /// A gauge that tells that it is asked, and answers when it may.
+    #[derive(Debug)]
+    struct Slow {
+        asked: mpsc::SyncSender<()>,
+        may_answer: Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl MemoryGauge for Slow {
+        fn headroom(&self, _: Option<u64>) -> Option<Headroom> {
+            self.asked.send(()).unwrap();
+            self.may_answer.lock().unwrap().recv().unwrap();
+            None
+        }
+    }
+
+    #[test]
+    fn the_guards_questions_never_wait_for_who_asks_the_gauge() {
+        let (budget, _) = budget(1 << 20);
+        let (asked, is_asked) = mpsc::sync_channel(0);
+        let (answer, may_answer) = mpsc::sync_channel(0);
+        let may_answer = Mutex::new(may_answer);
+        budget.set_gauge(Arc::new(Slow { asked, may_answer }));
+        let theirs = budget.clone();
+        let worker = thread::spawn(move || theirs.has_room(4096));
+        is_asked.recv().unwrap();
+        let theirs = budget.clone();
+        let (told, figures) = mpsc::channel();
+        thread::spawn(move || told.send((theirs.bytes(), theirs.waiting_bytes())));
+        let figures = figures.recv_timeout(Duration::from_secs(5));
+        answer.send(()).unwrap();
+        assert!(worker.join().unwrap());
+        assert_eq!(figures, Ok((Some(1 << 20), 0)));
     }
 
     /// A gauge whose figure is as old as itself.

@@ -175,7 +175,7 @@ impl Engine {
         self.shared.budget.set_bytes(budget_bytes);
     }
 
-    /// The memory that the domain may take; `None` for no budget.
+    /// The memory that the domain may take; `None` for no budget. Waits for nobody.
     pub fn memory_budget_bytes(&self) -> Option<u64> {
         self.shared.budget.bytes()
     }
@@ -197,7 +197,7 @@ impl Engine {
         self.shared.budget.set_patience(patience);
     }
 
-    /// Memory that an unmerge waits for; 0 when none does.
+    /// Memory that an unmerge waits for; 0 when none does. Waits for nobody.
     pub fn memory_waited_for_bytes(&self) -> u64 {
         self.shared.budget.waiting_bytes()
     }
@@ -207,15 +207,11 @@ impl Engine {
         self.shared.budget.wake();
     }
 
-    /// Has the worker make no pauses while there is something to merge: memory is short.
-    pub fn set_hurry(&self, hurry: bool) {
-        let mut control = sync::lock(&self.shared.control);
-        if control.hurry == hurry {
-            return;
-        }
-        control.hurry = hurry;
-        drop(control);
-        self.shared.kick();
+    /// Has the worker make no pauses while there is something to merge, or make them again. False,
+    /// and nothing is changed, if the worker's orders are just in use. Waits for nobody: memory is
+    /// short, and whoever holds the orders may be off the CPU for as long as guests are busy.
+    pub fn try_set_hurry(&self, hurry: bool) -> bool {
+        self.shared.try_set_hurry(hurry)
     }
 
     /// Waits until all memory was scanned `more` times from its beginning. The worker does not

@@ -317,6 +317,18 @@ impl<W: Work> Shared<W> {
         self.work.notify_all();
     }
 
+    /// Changes [`Control::hurry`]. False if the orders are in use just now.
+    pub(crate) fn try_set_hurry(&self, hurry: bool) -> bool {
+        let Some(mut control) = sync::try_lock(&self.control) else {
+            return false;
+        };
+        control.hurry = hurry;
+        control.kicked = true;
+        drop(control);
+        self.work.notify_all();
+        true
+    }
+
     pub(crate) fn lock_scanner(&self) -> MutexGuard<'_, W> {
         sync::lock(&self.scanner)
     }

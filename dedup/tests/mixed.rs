@@ -207,8 +207,10 @@ fn run_guests(guests: &mut [Guest], engine: &Engine, numbers: &mut Numbers) {
                     let _ = engine.set_run(Run::Unmerge);
                     let _ = engine.set_run(Run::Merge);
                 }
-                1 => engine.set_hurry(true),
-                2 => engine.set_hurry(false),
+                // In use or not: both are orders that come now and then.
+                order @ 1..3 => {
+                    let _ = engine.try_set_hurry(order == 1);
+                }
                 _ => {}
             }
         }

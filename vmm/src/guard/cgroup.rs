@@ -54,6 +54,14 @@ impl Version {
         }
     }
 
+    /// The file that tells of a group that is out of memory, and the line of it that counts.
+    fn ooms(self) -> (&'static str, &'static str) {
+        match self {
+            Version::V1 => ("memory.oom_control", "under_oom"),
+            Version::V2 => ("memory.events", "oom"),
+        }
+    }
+
     /// Lines of `memory.stat` that add up to the page cache that the kernel can take back.
     fn cache(self) -> [&'static str; 2] {
         match self {
@@ -65,15 +73,20 @@ impl Version {
 
 /// Version 1 has no word for "no limit" but a number that no machine holds.
 const NO_LIMIT_BYTES: u64 = 1 << 60;
+/// Longest text that is read of a file.
+const TEXT_BYTES: usize = 8192;
 
 /// One group of the hierarchy.
 #[derive(Debug)]
 struct Level {
     version: Version,
-    directory: PathBuf,
-    // Kept open: opening costs more than reading, and the guard may look a thousand times a second.
+    // Kept open, and read without allocating anything: what an open file takes is charged to the
+    // group, and whoever asks when it is full is put to sleep for it. Opening also costs more than
+    // reading, and the guard may look a thousand times a second.
     limits: Vec<File>,
     usage: File,
+    stat: Option<File>,
+    events: Option<File>,
     /// Times that the group was out of memory, when somebody looked last.
     ooms: AtomicU64,
 }
@@ -102,19 +115,7 @@ impl Cgroups {
             }
             while directory.starts_with(&mount) {
                 // A group without the file has no memory controller, as version 2's root.
-                if let Ok(usage) = File::open(directory.join(version.usage())) {
-                    let open = |name| File::open(directory.join(name)).ok();
-                    let limits = version.limits().iter().filter_map(open).collect();
-                    let level = Level {
-                        version,
-                        limits,
-                        directory: directory.clone(),
-                        usage,
-                        ooms: AtomicU64::new(0),
-                    };
-                    level.is_out();
-                    levels.push(level);
-                }
+                levels.extend(Level::open(version, &directory));
                 if !directory.pop() {
                     break;
                 }
@@ -138,24 +139,43 @@ impl Cgroups {
     /// Share of the last 10 s in percent that some task of the group, or else of the host, waited
     /// for memory.
     pub(crate) fn pressure_percent(&self) -> f64 {
-        let text = self.pressure.as_ref().map(read);
-        let text = text.and_then(Result::ok).unwrap_or_default();
-        pressure_percent(&text).unwrap_or(0.0)
+        let percent = self
+            .pressure
+            .as_ref()
+            .map(|file| read(file, pressure_percent));
+        percent.flatten().unwrap_or(0.0)
     }
 }
 
 impl Level {
-    fn limit_bytes(&self) -> Option<u64> {
-        let limit = |file: &File| {
-            let bytes: u64 = read(file).ok()?.trim().parse().ok()?;
-            (bytes < NO_LIMIT_BYTES).then_some(bytes)
+    /// `None` for a group without a memory controller.
+    fn open(version: Version, directory: &Path) -> Option<Level> {
+        let open = |name: &str| File::open(directory.join(name)).ok();
+        let level = Level {
+            version,
+            usage: open(version.usage())?,
+            limits: version
+                .limits()
+                .iter()
+                .filter_map(|name| open(name))
+                .collect(),
+            stat: open("memory.stat"),
+            events: open(version.ooms().0),
+            ooms: AtomicU64::new(0),
         };
-        self.limits.iter().filter_map(limit).min()
+        // What happened before counts as seen.
+        level.is_out();
+        Some(level)
+    }
+
+    fn limit_bytes(&self) -> Option<u64> {
+        let limits = self.limits.iter().filter_map(|file| read(file, number));
+        limits.filter(|bytes| *bytes < NO_LIMIT_BYTES).min()
     }
 
     fn filled(&self) -> Option<Filled> {
         let limit_bytes = self.limit_bytes()?;
-        let use_bytes: u64 = read(&self.usage).ok()?.trim().parse().ok()?;
+        let use_bytes = read(&self.usage, number)?;
         let mut filled = Filled {
             use_bytes,
             limit_bytes,
@@ -169,20 +189,18 @@ impl Level {
     }
 
     fn cache_bytes(&self) -> u64 {
-        let stat = fs::read_to_string(self.directory.join("memory.stat")).unwrap_or_default();
-        let value = |name: &str| number_of(&stat, name).unwrap_or(0);
-        self.version.cache().into_iter().map(value).sum()
+        let lines = self.version.cache();
+        let add_up = |text: &str| Some(lines.iter().filter_map(|name| number_of(text, name)).sum());
+        let bytes = self.stat.as_ref().and_then(|file| read(file, add_up));
+        bytes.unwrap_or(0)
     }
 
     /// Version 1 tells while it lasts. Version 2 counts the times, also those that nobody was
     /// killed for, so a new one since the last look tells.
     fn is_out(&self) -> bool {
-        let (file, name) = match self.version {
-            Version::V1 => ("memory.oom_control", "under_oom"),
-            Version::V2 => ("memory.events", "oom"),
-        };
-        let text = fs::read_to_string(self.directory.join(file)).unwrap_or_default();
-        let number = number_of(&text, name).unwrap_or(0);
+        let count = |text: &str| number_of(text, self.version.ooms().1);
+        let number = self.events.as_ref().and_then(|file| read(file, count));
+        let number = number.unwrap_or(0);
         match self.version {
             Version::V1 => number > 0,
             Version::V2 => number > self.ooms.swap(number, Ordering::Relaxed),
@@ -190,10 +208,16 @@ impl Level {
     }
 }
 
-fn read(file: &File) -> io::Result<String> {
-    let mut text = [0; 256];
-    let length = file.read_at(&mut text, 0)?;
-    Ok(String::from_utf8_lossy(&text[..length]).into_owned())
+/// What `parse` makes of the file's text, or of the beginning of one that is longer than a page or
+/// two: what is asked for stands near it.
+fn read<T>(file: &File, parse: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+    let mut text = [0; TEXT_BYTES];
+    let length = file.read_at(&mut text, 0).ok()?;
+    parse(std::str::from_utf8(&text[..length]).ok()?)
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
 }
 
 fn number_of(text: &str, name: &str) -> Option<u64> {
@@ -312,6 +336,7 @@ mod tests {
                 ("memory.high", "max\n"),
                 ("memory.current", "1000\n"),
                 ("memory.pressure", pressure),
+                ("memory.events", "low 0\nhigh 0\nmax 8\noom 0\noom_kill 0\n"),
             ],
         );
         let cgroups = fake.find();
@@ -360,12 +385,17 @@ mod tests {
             &[
                 ("memory.limit_in_bytes", unlimited),
                 ("memory.usage_in_bytes", "5"),
+                (
+                    "memory.oom_control",
+                    "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n",
+                ),
             ],
         );
         let cgroups = fake.find();
         assert_eq!(cgroups.filled(), None);
         fake.set("a/b", &[("memory.limit_in_bytes", "4096\n")]);
         assert_eq!(cgroups.filled(), filled(5, 4096));
+        assert!(!cgroups.is_out());
         fake.set(
             "a/b",
             &[(

@@ -10,8 +10,14 @@
 //! Taking back free guest pages would be a step between; it needs a balloon or free page reporting,
 //! which there is none of yet.
 //!
+//! A look must come when it is due, or guests overrun the reserve meanwhile. So it waits for
+//! nothing that the worker, a guest or a reply holds, each of which may be off the CPU for tens of
+//! milliseconds where guests keep all CPUs busy: it takes no lock of theirs, allocates nothing that
+//! the full cgroup would have to be charged for, and the guard's thread runs before theirs.
+//!
 //! # Locks
-//! The guard holds none but [`ACTING`] while it waits for a VM's end.
+//! The guard holds none but [`ACTING`] while it waits for a VM's end. Until guests are held it takes
+//! but the bell and the roster, which nobody holds for longer than a copy.
 
 pub(crate) mod cgroup;
 pub(crate) mod gauge;
@@ -25,6 +31,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dedup::Engine;
+use thread_priority::ThreadPriority;
+use thread_priority::unix::{
+    RealtimeThreadSchedulePolicy, ThreadSchedulePolicy, set_thread_priority_and_policy,
+    thread_native_id,
+};
 
 use self::gauge::Gauge;
 use self::policy::{Action, Candidate, Policy, Sight, victim};
@@ -45,7 +56,7 @@ const HELPLESS: Duration = Duration::from_millis(500);
 const UNMERGE_PATIENCE_WITH_VICTIMS: Duration = Duration::from_secs(60);
 /// Time between two questions for the pressure.
 const PRESSURE_INTERVAL: Duration = Duration::from_secs(1);
-/// The most urgent that a thread can be without being real-time.
+/// The most urgent that a thread can be without being real-time, for who may not be that.
 const NICE: i32 = -20;
 
 /// What the guard works on, shared with its monitor.
@@ -161,12 +172,24 @@ impl Drop for Guard {
     }
 }
 
-/// The thread: one look after the other.
-fn stand(watch: &Watch) {
-    // Busy guests on all CPUs must not keep the guard from looking at what they take.
+/// Busy guests on all CPUs must not keep the guard from looking at what they take. Among threads of
+/// the normal policy even the most urgent one waits for the next tick or two, 4 ms each at 250 Hz:
+/// beside 16 busy guests on 2 CPUs one look of a hundred came 3 to 4 ms late, and 0.09 ms with this.
+fn run_before_guests() {
+    let fifo = ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::Fifo);
+    let first = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, fifo);
+    let Err(error) = first else {
+        return;
+    };
+    log::debug!("the guard has no real-time priority: {error:?}");
     if let Err(error) = rustix::process::setpriority_process(None, NICE) {
         log::debug!("the guard runs no sooner than others: {error}");
     }
+}
+
+/// The thread: one look after the other.
+fn stand(watch: &Watch) {
+    run_before_guests();
     let mut round = Round::new(watch);
     loop {
         // A panic must neither leave guests held, which `Held` sees to, nor the domain unguarded.
@@ -185,6 +208,8 @@ struct Round<'a> {
     watch: &'a Watch,
     policy: Policy,
     begun: Instant,
+    /// What the worker was told last.
+    hurries: bool,
     /// PSI, and when it was asked for.
     pressure: Option<(Instant, f64)>,
 }
@@ -196,6 +221,7 @@ impl<'a> Round<'a> {
             watch,
             policy: Policy::new(cpus),
             begun: Instant::now(),
+            hurries: false,
             pressure: None,
         }
     }
@@ -210,7 +236,6 @@ impl<'a> Round<'a> {
         let mut sight = self.sight();
         self.policy.note(self.begun.elapsed(), &sight);
         let action = self.policy.action(self.begun.elapsed(), &sight);
-        self.watch.engine.set_hurry(action != Action::Rest);
         let mut is_helpless = false;
         if action == Action::StopVictim {
             is_helpless = !self.make_room(sight.is_starving);
@@ -218,14 +243,19 @@ impl<'a> Round<'a> {
             sight = self.sight();
             self.policy.note(self.begun.elapsed(), &sight);
         }
-        if self.watch.engine.memory_waited_for_bytes() > 0 {
-            self.watch.engine.memory_given_back();
-        }
+        self.tell_worker(action != Action::Rest);
         let next = self.policy.next_look(&sight);
         if is_helpless {
             next.max(HELPLESS)
         } else {
             next
+        }
+    }
+
+    /// Has the worker hurry, or not any more. If its orders are in use the next look tells it.
+    fn tell_worker(&mut self, hurry: bool) {
+        if hurry != self.hurries && self.watch.engine.try_set_hurry(hurry) {
+            self.hurries = hurry;
         }
     }
 
