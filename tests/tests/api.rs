@@ -416,6 +416,10 @@ fn clients_that_get_in_each_others_way_leave_nothing_behind() {
         return;
     }
     let server = Server::start(&[]);
+    // A thread has its maker's name until it has run.
+    wait_until("the server's threads have their names", STATE_TIME, || {
+        holdings(server.pid()).0 == ["samepage", "stdin"]
+    });
     let before = holdings(server.pid());
     std::thread::scope(|scope| {
         for merge_domain in [Some("ci"), None, Some("ci"), None] {
