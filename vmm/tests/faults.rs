@@ -1,5 +1,7 @@
 //! Faults on demand: whatever fails, and in whatever order things are asked for, no guest reads a
 //! wrong word, no VM hangs, and nothing is left behind.
+//!
+//! One test at a time (`--test-threads=1`): faults, threads and descriptors are the whole process's.
 
 mod guest;
 
@@ -81,6 +83,7 @@ fn a_vcpu_thread_that_panics_takes_its_vm_down_and_nothing_else() {
     wait_until("a new one runs", || passes(&lab, &next) > 0);
     let deadline = Instant::now() + LONG;
     assert!(lab.monitor.engine().wait_full_scans(1, deadline));
+    drop(lab);
     scenario.teardown();
 }
 
@@ -127,6 +130,7 @@ fn every_system_call_of_a_merge_may_fail_and_merging_goes_on_when_they_succeed_a
             engine.stats().pages_sharing > 200
         });
     }
+    drop(lab);
     scenario.teardown();
 }
 
