@@ -18,8 +18,20 @@ pub struct ProcessMemory {
 
 impl ProcessMemory {
     pub(crate) fn open(pool: &LinuxPool) -> io::Result<ProcessMemory> {
-        let (statm, pool) = (File::open("/proc/self/statm")?, pool.file()?);
+        let (statm, pool) = (open_statm()?, pool.file()?);
         Ok(ProcessMemory { statm, pool })
+    }
+
+    /// The same figures by a file of its own. The kernel lets one at a time read an open file, and
+    /// who waits for the other waits until that has a CPU again.
+    ///
+    /// # Errors
+    /// If `/proc` cannot be read.
+    pub fn reopen(&self) -> io::Result<ProcessMemory> {
+        Ok(ProcessMemory {
+            statm: open_statm()?,
+            pool: self.pool.try_clone()?,
+        })
     }
 
     /// Private memory of the whole process: what its guests do not share, and all of its own.
@@ -46,6 +58,10 @@ impl ProcessMemory {
     pub fn pool_bytes(&self) -> io::Result<u64> {
         Ok(allocated_pages(&self.pool)? * PAGE_SIZE_BYTES as u64)
     }
+}
+
+fn open_statm() -> io::Result<File> {
+    File::open("/proc/self/statm")
 }
 
 /// Second field less third: resident, and of these backed by files.

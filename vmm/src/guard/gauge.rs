@@ -13,6 +13,7 @@
 //! # Locks
 //! `Gauge::counted` is a leaf: the merge engine asks the gauge with its own locks held.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,9 +38,28 @@ const COUNT_COST: u32 = 4;
 pub(crate) struct Gauge {
     process: Arc<ProcessMemory>,
     cgroups: Option<Cgroups>,
-    counted: Mutex<Option<Counted>>,
+    counted: Arc<Mutex<Option<Counted>>>,
+    cpus: usize,
     /// Tells the line, which only depends on the number of CPUs.
     policy: Policy,
+    monitor: Arc<CountedMonitor>,
+}
+
+/// Counts in [`MONITORS`] while it lives.
+#[derive(Debug)]
+struct CountedMonitor;
+
+impl CountedMonitor {
+    fn new() -> CountedMonitor {
+        MONITORS.fetch_add(1, Ordering::Relaxed);
+        CountedMonitor
+    }
+}
+
+impl Drop for CountedMonitor {
+    fn drop(&mut self) {
+        MONITORS.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A count of the VMs' own pages.
@@ -67,17 +87,30 @@ fn is_only_monitor() -> bool {
 
 impl Gauge {
     pub(crate) fn new(process: Arc<ProcessMemory>, cpus: usize) -> Gauge {
-        MONITORS.fetch_add(1, Ordering::Relaxed);
-        let cgroups = Cgroups::find(&Places::default());
-        if let Err(error) = &cgroups {
-            log::warn!("cannot tell the memory limits of this process's cgroups: {error}");
-        }
         Gauge {
             process,
-            cgroups: cgroups.ok(),
-            counted: Mutex::default(),
+            cgroups: cgroups(),
+            counted: Arc::default(),
+            cpus,
             policy: Policy::new(cpus),
+            monitor: Arc::new(CountedMonitor::new()),
         }
+    }
+
+    /// The same gauge, with open files of its own: for the guard, which must not wait behind the
+    /// worker or a reply in the middle of reading one (`fs/seq_file.c` has a lock for each).
+    ///
+    /// # Errors
+    /// If `/proc` cannot be read.
+    pub(crate) fn twin(&self) -> io::Result<Gauge> {
+        Ok(Gauge {
+            process: Arc::new(self.process.reopen()?),
+            cgroups: cgroups(),
+            counted: Arc::clone(&self.counted),
+            cpus: self.cpus,
+            policy: Policy::new(self.cpus),
+            monitor: Arc::clone(&self.monitor),
+        })
     }
 
     fn counted(&self) -> std::sync::MutexGuard<'_, Option<Counted>> {
@@ -173,14 +206,16 @@ impl Gauge {
     }
 }
 
-impl Drop for Gauge {
-    fn drop(&mut self) {
-        MONITORS.fetch_sub(1, Ordering::Relaxed);
+fn cgroups() -> Option<Cgroups> {
+    let cgroups = Cgroups::find(&Places::default());
+    if let Err(error) = &cgroups {
+        log::warn!("cannot tell the memory limits of this process's cgroups: {error}");
     }
+    cgroups.ok()
 }
 
 /// A figure that cannot be had counts as nothing: better no guard than one that ends VMs blindly.
-fn or_logged(bytes: std::io::Result<u64>) -> u64 {
+fn or_logged(bytes: io::Result<u64>) -> u64 {
     bytes.unwrap_or_else(|error| {
         log::warn!("cannot tell how much memory is in use: {error}");
         0
@@ -233,5 +268,19 @@ mod tests {
         assert_eq!(gauge.use_bytes(), 7 << 40);
         let headroom = gauge.headroom(Some(8 << 40)).expect("a budget");
         assert!((before..Instant::now()).contains(&headroom.as_of));
+    }
+
+    #[test]
+    fn a_twin_knows_what_was_counted_and_is_no_other_monitor() {
+        let engine = dedup::Engine::new(&dedup::Settings::default()).expect("userfaultfd");
+        let gauge = Gauge::new(engine.process_memory(), 2);
+        let other = Gauge::new(engine.process_memory(), 2);
+        let twin = gauge.twin().expect("its files");
+        gauge.calibrate(|| 7 << 40);
+        assert_eq!(twin.use_bytes(), 7 << 40);
+        twin.calibrate(|| 8 << 40);
+        assert_eq!(gauge.use_bytes(), 8 << 40);
+        assert!(Arc::ptr_eq(&gauge.monitor, &twin.monitor));
+        assert!(!Arc::ptr_eq(&gauge.monitor, &other.monitor));
     }
 }

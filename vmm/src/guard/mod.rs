@@ -12,8 +12,9 @@
 //!
 //! A look must come when it is due, or guests overrun the reserve meanwhile. So it waits for
 //! nothing that the worker, a guest or a reply holds, each of which may be off the CPU for tens of
-//! milliseconds where guests keep all CPUs busy: it takes no lock of theirs, allocates nothing that
-//! the full cgroup would have to be charged for, and the guard's thread runs before theirs.
+//! milliseconds where guests keep all CPUs busy: it takes no lock of theirs, reads by open files
+//! of its own (the kernel has a lock for each), allocates nothing that the full cgroup would have to
+//! be charged for, and its thread runs before theirs.
 //!
 //! # Locks
 //! The guard holds none but [`ACTING`] while it waits for a VM's end. Until guests are held it takes
@@ -63,6 +64,7 @@ const NICE: i32 = -20;
 #[derive(Debug)]
 pub(crate) struct Watch {
     pub(crate) engine: Arc<Engine>,
+    /// For replies and the merge engine; the guard looks by a twin of it.
     pub(crate) gauge: Arc<Gauge>,
     pub(crate) vms: Arc<Roster>,
     unmerge_victims: AtomicBool,
@@ -116,11 +118,11 @@ impl Watch {
         self.rung.notify_all();
     }
 
-    /// Adds up what the VMs hold, where the process's own figure does not tell.
-    pub(crate) fn count(&self) {
+    /// Adds up what the VMs hold, where the process's own figure does not tell. `gauge` is this one's
+    /// or its twin.
+    pub(crate) fn count(&self, gauge: &Gauge) {
         let vms = self.vms.all();
-        let count = || vms.iter().filter_map(|vm| vm.private_bytes()).sum();
-        self.gauge.calibrate(count);
+        gauge.calibrate(|| vms.iter().filter_map(|vm| vm.private_bytes()).sum());
     }
 
     fn bell(&self) -> std::sync::MutexGuard<'_, Bell> {
@@ -149,10 +151,10 @@ pub(crate) struct Guard {
 impl Guard {
     /// Starts the thread `guard`.
     pub(crate) fn spawn(watch: &Arc<Watch>) -> std::io::Result<Guard> {
-        let theirs = watch.clone();
+        let (theirs, gauge) = (watch.clone(), watch.gauge.twin()?);
         let thread = std::thread::Builder::new()
             .name("guard".to_owned())
-            .spawn(move || stand(&theirs))?;
+            .spawn(move || stand(&theirs, gauge))?;
         Ok(Guard {
             watch: watch.clone(),
             thread: Some(thread),
@@ -188,9 +190,9 @@ fn run_before_guests() {
 }
 
 /// The thread: one look after the other.
-fn stand(watch: &Watch) {
+fn stand(watch: &Watch, gauge: Gauge) {
     run_before_guests();
-    let mut round = Round::new(watch);
+    let mut round = Round::new(watch, gauge);
     loop {
         // A panic must neither leave guests held, which `Held` sees to, nor the domain unguarded.
         let looked = catch_unwind(AssertUnwindSafe(|| round.look()));
@@ -206,6 +208,7 @@ fn stand(watch: &Watch) {
 
 struct Round<'a> {
     watch: &'a Watch,
+    gauge: Gauge,
     policy: Policy,
     begun: Instant,
     /// What the worker was told last.
@@ -215,10 +218,11 @@ struct Round<'a> {
 }
 
 impl<'a> Round<'a> {
-    fn new(watch: &'a Watch) -> Round<'a> {
+    fn new(watch: &'a Watch, gauge: Gauge) -> Round<'a> {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Round {
             watch,
+            gauge,
             policy: Policy::new(cpus),
             begun: Instant::now(),
             hurries: false,
@@ -229,8 +233,8 @@ impl<'a> Round<'a> {
     /// One look, and what it asks for. Returns the time until the next.
     fn look(&mut self) -> Duration {
         let budget_bytes = self.watch.engine.memory_budget_bytes();
-        if budget_bytes.is_some() && self.watch.gauge.wants_count(budget_bytes) {
-            self.watch.count();
+        if budget_bytes.is_some() && self.gauge.wants_count(budget_bytes) {
+            self.watch.count(&self.gauge);
         }
         self.ask_pressure();
         let mut sight = self.sight();
@@ -263,20 +267,20 @@ impl<'a> Round<'a> {
     fn ask_pressure(&mut self) {
         let is_fresh = |(at, _): (Instant, f64)| at.elapsed() < PRESSURE_INTERVAL;
         if !self.pressure.is_some_and(is_fresh) {
-            let percent = self.watch.gauge.pressure_percent();
+            let percent = self.gauge.pressure_percent();
             self.pressure = Some((Instant::now(), percent));
         }
     }
 
     fn sight(&self) -> Sight {
         let watch = self.watch;
-        let nearest = watch.gauge.nearest(watch.engine.memory_budget_bytes());
+        let nearest = self.gauge.nearest(watch.engine.memory_budget_bytes());
         let filled = nearest.map(|(_, filled)| filled);
         let is_short = filled.is_some_and(policy::Filled::is_short);
         Sight {
             filled,
             pressure_percent: self.pressure.map_or(0.0, |(_, percent)| percent),
-            is_out: is_short && watch.gauge.is_out(),
+            is_out: is_short && self.gauge.is_out(),
             is_starving: watch.unmerge_victims() && watch.engine.memory_waited_for_bytes() > 0,
         }
     }
@@ -289,7 +293,7 @@ impl<'a> Round<'a> {
         let _acting = ACTING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut ended = 0;
         loop {
-            self.watch.count();
+            self.watch.count(&self.gauge);
             let sight = self.sight();
             // What was growing stands still.
             self.policy.begin_anew();

@@ -79,7 +79,7 @@ impl Monitor {
         let (watch, engine) = (&self.watch, &self.host.engine);
         let budget_bytes = engine.memory_budget_bytes();
         if watch.gauge.wants_count(budget_bytes) {
-            watch.count();
+            watch.count(&watch.gauge);
         }
         let nearest = watch.gauge.nearest(budget_bytes);
         let use_bytes = match nearest {
