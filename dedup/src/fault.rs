@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `memfd` | making the pool |
 //! | `mmap` | mapping pool pages, or anonymous memory, over a range |
+//! | `unmapped` | mapping or moving something over a range, but only once what was there is gone, as the kernel may |
 //! | `madvise` | dropping pages that are zeros or uncover the pool; making private copies |
 //! | `register` | taking a region on for write protection |
 //! | `userfaultfd` | protecting |

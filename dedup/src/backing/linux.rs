@@ -3,6 +3,7 @@
 mod memory;
 pub(crate) mod pagemap;
 mod pool;
+mod replace;
 mod staging;
 mod userfaultfd;
 
@@ -15,6 +16,15 @@ use std::io;
 /// Turns a system call's `-1` into the error it left.
 fn check(returned: libc::c_int) -> io::Result<()> {
     if returned < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Turns the `MAP_FAILED` of a mapping call into the error it left.
+fn check_mapped(returned: *mut libc::c_void) -> io::Result<()> {
+    if returned == libc::MAP_FAILED {
         Err(io::Error::last_os_error())
     } else {
         Ok(())

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use linux_raw_sys::general::PIDFD_SELF_THREAD;
 
 use super::pagemap::Pagemap;
+use super::replace::replace;
 use super::staging::Staging;
-use super::{LinuxPool, Userfaultfd, check};
+use super::{LinuxPool, Userfaultfd, check, check_mapped};
 use crate::backing::{Backing, Residency};
 use crate::fault::may_fail;
 use crate::mapping::Mapping;
@@ -63,19 +64,16 @@ impl LinuxMemory {
             None => (flags | libc::MAP_ANONYMOUS, -1, 0),
         };
         let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
-        // SAFETY:
-        // - `span` checked that the range lies inside the reserved range, which is ours alone.
-        // - The engine replaces pages only by equal ones, compared under write protection, so
-        //   that no reader of the range can tell.
-        let mapped = unsafe {
+        let map = || {
             let prot = libc::PROT_READ | libc::PROT_WRITE;
-            libc::mmap(start.cast(), len_bytes, prot, flags, fd, offset)
+            // SAFETY:
+            // - `span` checked that the range lies inside the reserved range, which is ours alone.
+            // - The engine replaces pages only by equal ones, compared under write protection, so
+            //   that no reader of the range can tell.
+            check_mapped(unsafe { libc::mmap(start.cast(), len_bytes, prot, flags, fd, offset) })
         };
-        if mapped == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        // SAFETY: as above.
+        unsafe { replace(start, len_bytes, &self.userfaultfd, map) }
     }
 
     /// Moves a mapping with everything in it over `range`: one step for those who read it.
@@ -85,17 +83,16 @@ impl LinuxMemory {
     /// nobody afterwards.
     unsafe fn move_here(&self, staging: *mut u8, range: &PageRange) -> io::Result<()> {
         let (start, len_bytes) = self.span(range);
-        // SAFETY:
-        // - `span` checked that the range lies inside the reserved range, which is ours alone.
-        // - The caller vouches for the other one.
-        let moved = unsafe {
+        let shift = || {
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            libc::mremap(staging.cast(), len_bytes, len_bytes, flags, start)
+            // SAFETY:
+            // - `span` checked that the range lies inside the reserved range, which is ours alone.
+            // - The caller vouches for the other one. A call that fails leaves that as it was.
+            let moved = unsafe { libc::mremap(staging.cast(), len_bytes, len_bytes, flags, start) };
+            check_mapped(moved)
         };
-        if moved == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        // SAFETY: as above.
+        unsafe { replace(start, len_bytes, &self.userfaultfd, shift) }
     }
 
     fn advise(&self, range: &PageRange, advice: libc::c_int) -> io::Result<()> {

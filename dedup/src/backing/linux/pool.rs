@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::check;
+use super::{check, check_mapped};
 use crate::backing::Pool;
 use crate::fault::may_fail;
 use crate::item::POOL_PAGES_MAX;
@@ -64,9 +64,7 @@ impl LinuxPool {
             let fd = pool.fd();
             libc::mmap(view.cast(), size_bytes, libc::PROT_READ, flags, fd, 0)
         };
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+        check_mapped(mapped)?;
         Ok(pool)
     }
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::ptr;
 
-use super::{LinuxPool, Userfaultfd, check};
+use super::{LinuxPool, Userfaultfd, check, check_mapped};
 use crate::page::{PoolPage, pages_to_bytes};
 
 /// A private mapping of consecutive pages of the pool at an address that nobody else knows, unmapped
@@ -30,9 +30,7 @@ impl Staging {
             let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
             libc::mmap(ptr::null_mut(), len_bytes, prot, flags, pool.fd(), offset)
         };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+        check_mapped(start)?;
         let staging = Staging {
             start: start.cast(),
             len_bytes,

@@ -83,7 +83,7 @@ impl Userfaultfd {
     }
 
     /// Takes a range on for [`Userfaultfd::copy`]. Whoever touches a page of it that is not there
-    /// sleeps for ever, so nobody may know of it.
+    /// sleeps until the range is woken.
     pub(super) fn register_missing(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
         self.register_for(UFFDIO_REGISTER_MODE_MISSING, start, len_bytes)
     }

@@ -53,20 +53,30 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 
 /// A thread that writes to a page and then says so. Returns once it sleeps in the fault.
 fn sleeping_writer(memory: &Arc<LinuxMemory>, page: u32) -> Receiver<u32> {
+    sleeping(memory, move |memory| {
+        write(memory, page, content(page) + 100);
+        page
+    })
+}
+
+/// A thread that touches a page, and tells what comes of it. Returns once it sleeps in the fault.
+fn sleeping<T: Send + 'static>(
+    memory: &Arc<LinuxMemory>,
+    touch: impl FnOnce(&LinuxMemory) -> T + Send + 'static,
+) -> Receiver<T> {
     let (tell_thread, thread) = channel();
     let (tell_done, done) = channel();
     let memory = Arc::clone(memory);
     thread::spawn(move || {
         let own = fs::read_link("/proc/thread-self").expect("this is Linux");
         tell_thread.send(own).expect("the test waits for it");
-        write(&memory, page, content(page) + 100);
         // Nobody listens when the test has failed.
-        let _ = tell_done.send(page);
+        let _ = tell_done.send(touch(&memory));
     });
-    let writer = thread.recv().expect("it has begun");
-    let stat = std::path::Path::new("/proc").join(writer).join("stat");
-    wait_until("the writer falls asleep", || {
-        assert!(done.try_recv().is_err(), "page {page} is not protected");
+    let sleeper = thread.recv().expect("it has begun");
+    let stat = std::path::Path::new("/proc").join(sleeper).join("stat");
+    wait_until("the thread falls asleep", || {
+        assert!(done.try_recv().is_err(), "the page is not protected");
         let text = fs::read_to_string(&stat).unwrap_or_default();
         // A page fault that waits for its handler can be interrupted, or else can't.
         let state = text
@@ -278,6 +288,60 @@ fn a_bridge_of_which_any_call_fails_leaves_all_as_it_was() {
         nothing_is_left_of_a_bridge_that_fails(PoolPage(0));
         fail::remove(point);
     }
+    scenario.teardown();
+}
+
+/// Each way to put a mapping over pages, with the kernel failing half-way a few times. The guest
+/// finds its content, whoever came to a page meanwhile goes on, and nothing else is left.
+#[cfg(feature = "failpoints")]
+#[test]
+fn a_mapping_that_fails_when_the_old_one_is_gone_is_made_again_until_it_succeeds() {
+    type Put = fn(&LinuxMemory, &LinuxPool) -> io::Result<()>;
+    let puts: [Put; 3] = [
+        |memory, pool| memory.share(pool, 2..12, PoolPage(2)),
+        |memory, pool| memory.bridge(pool, 2..12, PoolPage(2), &[4..6, 7..8]),
+        |memory, _| memory.rebuild(2..12, &[false; 10]),
+    ];
+    let scenario = fail::FailScenario::setup();
+    for put in puts {
+        let (memory, pool) = filled();
+        memory.protect(0..PAGES, false).expect("it is registered");
+        let writer = sleeping_writer(&memory, 6);
+        fail::cfg("unmapped", "4*return").expect("a known action");
+        put(&memory, &pool).expect("it is made again");
+        memory.release(0..PAGES, true);
+        assert_eq!(writer.recv_timeout(LONG), Ok(6));
+        for page in (0..PAGES).filter(|&page| page != 6) {
+            assert_eq!(read(&memory, page), content(page), "page {page}");
+        }
+        write(&memory, 3, 1);
+        memory.protect(0..PAGES, true).expect("it is one range");
+        memory.release(0..PAGES, true);
+    }
+    scenario.teardown();
+}
+
+/// Who reads a page while it is gone sleeps instead of reading zeros.
+#[cfg(feature = "failpoints")]
+#[test]
+fn who_comes_to_a_page_whose_mapping_is_gone_waits_for_it() {
+    let scenario = fail::FailScenario::setup();
+    let (memory, pool) = filled();
+    memory.protect(0..PAGES, false).expect("it is registered");
+    fail::cfg("unmapped", "1*return->1*pause").expect("a known action");
+    thread::scope(|scope| {
+        let sharer = scope.spawn(|| memory.share(&pool, 2..12, PoolPage(2)));
+        let [start, end] = [2, 12].map(|page| memory.mapping.address(page).addr());
+        wait_until("the hole is plugged", || {
+            let maps = fs::read_to_string("/proc/self/maps").expect("this is Linux");
+            maps.contains(&format!("{start:x}-{end:x} rw-p"))
+        });
+        let reader = sleeping(&memory, |memory| read(memory, 6));
+        fail::remove("unmapped");
+        sharer.join().expect("no panic").expect("it is made again");
+        memory.release(0..PAGES, true);
+        assert_eq!(reader.recv_timeout(LONG), Ok(content(6)));
+    });
     scenario.teardown();
 }
 
