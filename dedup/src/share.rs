@@ -114,6 +114,10 @@ impl<B: Backing> Scanner<B> {
         unequal.extend(others.into_iter().filter(|&page| page <= tried));
         let (covering, new): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| part.1);
         for (part, _) in new {
+            // Else its exit, which has freed its memory by now, would be given some again.
+            if inside.is_exiting() {
+                return Ok(group.len());
+            }
             self.share(&mut protected, id, part)?;
         }
         let covering: Vec<&[Candidate]> = covering.into_iter().map(|(part, _)| part).collect();

@@ -81,10 +81,7 @@ impl FakeMemory {
 
     /// A write by the guest.
     pub(crate) fn write(&self, page: u32, content: Content) {
-        assert!(
-            !sync::lock(&self.protected)[page as usize],
-            "a writer would sleep for ever"
-        );
+        assert!(!self.is_protected(page), "a writer would sleep for ever");
         sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
         sync::lock(&self.written).push(page);
     }
@@ -121,6 +118,10 @@ impl FakeMemory {
         !sync::lock(&self.protected).contains(&true)
     }
 
+    fn is_protected(&self, page: u32) -> bool {
+        sync::lock(&self.protected)[page as usize]
+    }
+
     fn set_protected(&self, range: PageRange, protected: bool) {
         for page in range {
             sync::lock(&self.protected)[page as usize] = protected;
@@ -143,10 +144,7 @@ impl FakeMemory {
     /// Maps equal pages of the pool over a range.
     fn map(&self, pool: &FakePool, range: PageRange, first: PoolPage) {
         for page in range.clone() {
-            assert!(
-                sync::lock(&self.protected)[page as usize],
-                "swapped without protection"
-            );
+            assert!(self.is_protected(page), "swapped without protection");
             let pool_page = first.plus(page - range.start);
             let is_same = pool.content(pool_page) == Some(self.content(page));
             assert!(
@@ -188,10 +186,7 @@ impl FakeMemory {
     }
 
     fn drop_zero(&self, page: u32, in_pool_vma: bool) {
-        assert!(
-            sync::lock(&self.protected)[page as usize],
-            "dropped without protection"
-        );
+        assert!(self.is_protected(page), "dropped without protection");
         assert_eq!(self.content(page), 0, "page {page} is dropped and not zero");
         let under = sync::lock(&self.under)[page as usize].take();
         assert_eq!(
@@ -272,7 +267,7 @@ impl Backing for FakeMemory {
         for page in range.clone() {
             self.call(Call::Fill)?;
             assert!(
-                !sync::lock(&self.protected)[page as usize],
+                !self.is_protected(page),
                 "a writer waits while a stable page is filled"
             );
             pool.fill(first.plus(page - range.start), self.content(page));
@@ -311,16 +306,14 @@ impl Backing for FakeMemory {
         own: &[PageRange],
     ) -> io::Result<()> {
         self.call(Call::Bridge)?;
+        self.pool.reach(Moment::Bridge);
         let mut next = range.start;
         let slot = |page: u32| first.plus(page - range.start);
         for pages in own {
             assert!(next < pages.start && !pages.is_empty() && pages.end < range.end);
             self.map(pool, next..pages.start, slot(next));
             for page in pages.clone() {
-                assert!(
-                    sync::lock(&self.protected)[page as usize],
-                    "copied without protection"
-                );
+                assert!(self.is_protected(page), "copied without protection");
                 let content = self.content(page);
                 assert!(
                     content != 0 || self.freed.load(Ordering::Relaxed),
@@ -338,10 +331,7 @@ impl Backing for FakeMemory {
 
     fn uncover(&self, parts: &[PageRange]) -> io::Result<usize> {
         self.call_for_parts(Call::Uncover, parts, |page| {
-            assert!(
-                sync::lock(&self.protected)[page as usize],
-                "uncovered without protection"
-            );
+            assert!(self.is_protected(page), "uncovered without protection");
             let pool_page =
                 sync::lock(&self.under)[page as usize].expect("it is mapped to the pool");
             assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
@@ -356,10 +346,7 @@ impl Backing for FakeMemory {
             "a writer waits while {range:?} is copied"
         );
         for (page, &is_under) in range.zip(under) {
-            assert!(
-                sync::lock(&self.protected)[page as usize],
-                "rebuilt without protection"
-            );
+            assert!(self.is_protected(page), "rebuilt without protection");
             let content = self.content(page);
             let pool_page = sync::lock(&self.under)[page as usize].take();
             assert_eq!(pool_page.is_some(), is_under);

@@ -29,6 +29,8 @@ pub(crate) enum Moment {
     Fill,
     /// While pages are compared with stable pages, after the first pair.
     Compare,
+    /// Before pool pages are mapped around pages of the region's own.
+    Bridge,
     /// Before pages get private copies.
     Unshare,
 }

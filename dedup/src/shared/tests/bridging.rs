@@ -1,6 +1,7 @@
 //! Runs with pages between them that are their guests' own.
 
 use super::*;
+use crate::backing::Backing as _;
 use crate::budget::{Headroom, MemoryGauge};
 
 fn write(region: usize, page: u32, pages: u32, content: Content) -> Step {
@@ -195,6 +196,35 @@ impl MemoryGauge for Full {
         let as_of = Instant::now();
         Some(Headroom { bytes: 0, as_of })
     }
+}
+
+#[test]
+fn a_region_that_exits_in_the_middle_of_a_merge_is_given_nothing_after_the_run_in_hand() {
+    let mut world = patchy(2, &[]);
+    world.check_settled();
+    world.register();
+    world.guests[2]
+        .memory
+        .is_huge
+        .store(false, Ordering::Relaxed);
+    world.apply(&write(2, 0, PAGES, 3));
+    // Two runs to be mapped around a page each, with zeros between them, under one protection.
+    for (page, content) in [(2, 1000), (5, 0), (9, 2000)] {
+        world.apply(&write(2, page, 1, content));
+    }
+    let dying = &world.guests[2];
+    let (region, memory) = (Arc::clone(&dying.region), dying.memory.clone());
+    // The first two steps of an exit; the third would wait for the merge.
+    world.pool.interrupt(Moment::Bridge, move || {
+        region.set_exiting();
+        memory.free_all();
+    });
+    world.pass();
+    world.pass();
+    let memory = &world.guests[2].memory;
+    assert_eq!(memory.bridged.load(Ordering::Relaxed), 1);
+    assert_eq!(memory.page(9), FakePage::Absent);
+    assert!(memory.is_unprotected());
 }
 
 #[test]
