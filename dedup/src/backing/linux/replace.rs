@@ -10,7 +10,7 @@
 //! guests and devices alike, to be woken by the release of the range's write protection.
 //!
 //! Between the failed call and the plug there are a few microseconds. Who touches the hole then gets
-//! a fault: a vCPU's ends its VM.
+//! a fault: a vCPU's ends its VM, a device's the process.
 
 use std::io;
 use std::thread;
