@@ -1,48 +1,13 @@
 //! What broken runs leave behind, on real memory.
-#![expect(
-    unsafe_code,
-    reason = "plays the guest: reads and writes mapped memory"
-)]
+
+mod guest;
 
 use std::time::{Duration, Instant};
 
-use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, RegionHandle, Run, Settings};
+use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, RegionHandle, Run, Settings};
+use guest::{assert_holds, read_word, vmas, write_page, write_word};
 
 const PAGES: usize = 1024;
-
-fn word(region: &RegionHandle, page: usize, word: usize) -> *mut u64 {
-    let words = region.mapping().as_ptr().cast::<u64>();
-    words.wrapping_add(page * PAGE_WORDS + word)
-}
-
-fn write_page(region: &RegionHandle, page: usize, content: u64) {
-    for index in 0..PAGE_WORDS {
-        // SAFETY: the word lies inside the region, which is mapped.
-        unsafe { word(region, page, index).write_volatile(content * (index as u64 + 1)) };
-    }
-}
-
-fn assert_holds(region: &RegionHandle, page: usize, content: u64) {
-    for index in 0..PAGE_WORDS {
-        // SAFETY: the word lies inside the region, which is mapped.
-        let found = unsafe { word(region, page, index).read_volatile() };
-        assert_eq!(found, content * (index as u64 + 1), "page {page}");
-    }
-}
-
-/// VMAs that lie in a region, by `/proc/self/maps`.
-fn vmas(region: &RegionHandle) -> usize {
-    let start = region.mapping().as_ptr().addr();
-    let end = start + region.mapping().size_bytes();
-    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps is there");
-    let inside = |line: &&str| {
-        let addresses = line.split(' ').next().unwrap_or_default();
-        let parse = |text| usize::from_str_radix(text, 16).ok();
-        let (from, to) = addresses.split_once('-').expect("a range");
-        parse(from) < Some(end) && Some(start) < parse(to)
-    };
-    maps.lines().filter(inside).count()
-}
 
 /// The content of a page: the same pages in each region, every one elsewhere.
 fn shuffled(region: usize, page: usize) -> u64 {
@@ -57,13 +22,13 @@ fn merged() -> (Engine, [RegionHandle; 2]) {
         let handle = engine
             .register(mapping)
             .expect("the kernel takes the range");
-        (0..PAGES).for_each(|page| write_page(&handle, page, shuffled(region, page)));
+        (0..PAGES).for_each(|page| write_page(handle.mapping(), page, shuffled(region, page)));
         handle
     });
     wait_for_passes(&engine);
     assert_eq!(engine.stats().pages_sharing, PAGES as u64);
     assert!(
-        vmas(&regions[1]).max(vmas(&regions[0])) > PAGES / 2,
+        vmas(regions[1].mapping()).max(vmas(regions[0].mapping())) > PAGES / 2,
         "every page elsewhere"
     );
     (engine, regions)
@@ -79,15 +44,19 @@ fn an_unmerge_gives_the_mappings_back() {
     let (engine, regions) = merged();
     engine.set_run(Run::Unmerge).expect("there is memory");
     for (index, region) in regions.iter().enumerate() {
-        (0..PAGES).for_each(|page| assert_holds(region, page, shuffled(index, page)));
-        assert!(vmas(region) <= 8, "{} mappings are left", vmas(region));
+        (0..PAGES).for_each(|page| assert_holds(region.mapping(), page, shuffled(index, page)));
+        assert!(
+            vmas(region.mapping()) <= 8,
+            "{} mappings are left",
+            vmas(region.mapping())
+        );
     }
     // Healed memory is memory like any other: it merges again.
     engine.set_run(Run::Merge).expect("merging starts");
     wait_for_passes(&engine);
     assert_eq!(engine.stats().pages_sharing, PAGES as u64);
     for (index, region) in regions.iter().enumerate() {
-        (0..PAGES).for_each(|page| assert_holds(region, page, shuffled(index, page)));
+        (0..PAGES).for_each(|page| assert_holds(region.mapping(), page, shuffled(index, page)));
     }
 }
 
@@ -96,13 +65,13 @@ fn a_region_that_breaks_most_of_its_pages_gives_their_mappings_back() {
     let (engine, regions) = merged();
     let own = |page: usize| 1_000_000 + page as u64;
     for page in (0..PAGES).filter(|page| page % 64 != 0) {
-        write_page(&regions[1], page, own(page));
+        write_page(regions[1].mapping(), page, own(page));
     }
     wait_for_passes(&engine);
     assert!(
-        vmas(&regions[1]) <= 8 + 2 * PAGES / 64,
+        vmas(regions[1].mapping()) <= 8 + 2 * PAGES / 64,
         "{}",
-        vmas(&regions[1])
+        vmas(regions[1].mapping())
     );
     assert!(engine.stats().vmas < 2 * PAGES as u64);
     for page in 0..PAGES {
@@ -111,8 +80,8 @@ fn a_region_that_breaks_most_of_its_pages_gives_their_mappings_back() {
         } else {
             own(page)
         };
-        assert_holds(&regions[1], page, content);
-        assert_holds(&regions[0], page, shuffled(0, page));
+        assert_holds(regions[1].mapping(), page, content);
+        assert_holds(regions[0].mapping(), page, shuffled(0, page));
     }
 }
 
@@ -131,7 +100,7 @@ fn a_first_write_to_a_page_of_a_block_that_is_healed_is_kept() {
         let number = |page: usize| 1 + (page / 2 * step % (PAGES / 2)) as u64;
         (0..PAGES)
             .step_by(2)
-            .for_each(|page| write_page(&region, page, number(page)));
+            .for_each(|page| write_page(region.mapping(), page, number(page)));
         region
     });
     wait_for_passes(&engine);
@@ -140,22 +109,23 @@ fn a_first_write_to_a_page_of_a_block_that_is_healed_is_kept() {
     let [_, region] = &regions;
     (0..PAGES)
         .step_by(2)
-        .for_each(|page| write_page(region, page, 1_000_000 + page as u64));
+        .for_each(|page| write_page(region.mapping(), page, 1_000_000 + page as u64));
     engine.set_run(Run::Merge).expect("merging starts");
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for page in (0..PAGES / 2).map(|index| index * 1021 % (PAGES / 2) * 2 + 1) {
-                // SAFETY: the word lies inside the region, which is mapped.
-                unsafe { word(region, page, 5).write_volatile(page as u64) };
+                write_word(region.mapping(), page, 5, page as u64);
                 (0..200).for_each(|_| std::hint::spin_loop());
             }
         });
         wait_for_passes(&engine);
     });
-    assert!(vmas(region) < PAGES / 16, "{} mappings", vmas(region));
-    let lost = (1..PAGES).step_by(2).filter(|&page| {
-        // SAFETY: the word lies inside the region, which is mapped.
-        unsafe { word(region, page, 5).read_volatile() != page as u64 }
-    });
+    assert!(
+        vmas(region.mapping()) < PAGES / 16,
+        "{} mappings",
+        vmas(region.mapping())
+    );
+    let is_lost = |&page: &usize| read_word(region.mapping(), page, 5) != page as u64;
+    let lost = (1..PAGES).step_by(2).filter(is_lost);
     assert_eq!(lost.count(), 0, "first writes are lost");
 }

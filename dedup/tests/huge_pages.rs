@@ -1,31 +1,21 @@
 //! Transparent huge pages under the engine: which are split, and what comes back.
-#![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
+
+mod guest;
 
 use std::fs;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dedup::{
-    DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, Pace, PageSet, RegionHandle, Run,
-    Settings, Stats,
+    DirtySource, Engine, Mapping, PAGE_SIZE_BYTES, Pace, PageSet, RegionHandle, Run, Settings,
+    Stats,
 };
+use guest::{smaps_bytes, write_page};
 
 const HUGE_PAGE_PAGES: usize = 512;
 
 fn deadline() -> Instant {
     Instant::now() + Duration::from_secs(60)
-}
-
-/// Writes a page whose content is told by a number.
-fn write_page(mapping: &Mapping, page: usize, content: u64) {
-    for word in 0..PAGE_WORDS {
-        let address = mapping
-            .as_ptr()
-            .cast::<u64>()
-            .wrapping_add(page * PAGE_WORDS + word);
-        // SAFETY: the word lies inside the mapping, which this test alone writes to.
-        unsafe { address.write_volatile(content * (word as u64 + 1)) };
-    }
 }
 
 /// A huge page whose first `equal_pages` pages are those of every other such, and the rest its own.
@@ -58,28 +48,9 @@ fn merged(equal_pages: usize, settings: &Settings) -> (Engine, [RegionHandle; 2]
     (engine, regions, stats)
 }
 
-/// Bytes of a mapping that lie in huge pages, by `/proc/self/smaps`.
+/// Bytes of a mapping that lie in huge pages.
 fn huge_bytes(mapping: &Mapping) -> usize {
-    let start = mapping.as_ptr().addr();
-    let end = start + mapping.size_bytes();
-    let smaps = fs::read_to_string("/proc/self/smaps").expect("smaps is there");
-    let mut inside = false;
-    let mut bytes = 0;
-    for line in smaps.lines() {
-        let head = line.split(' ').next().unwrap_or_default();
-        if let Some((from, to)) = head.split_once('-')
-            && let (Ok(from), Ok(to)) = (
-                usize::from_str_radix(from, 16),
-                usize::from_str_radix(to, 16),
-            )
-        {
-            inside = from < end && start < to;
-        } else if inside && let Some(kib) = line.strip_prefix("AnonHugePages:") {
-            let kib = kib.trim().trim_end_matches(" kB");
-            bytes += kib.parse::<usize>().expect("a number") * 1024;
-        }
-    }
-    bytes
+    smaps_bytes(mapping, "AnonHugePages")
 }
 
 /// Huge pages that the kernel has split since it started.

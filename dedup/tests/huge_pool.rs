@@ -1,12 +1,13 @@
 //! Huge pages of the pool: who maps one, and what comes back when its parts are given up.
-#![expect(unsafe_code, reason = "plays the guest: writes to mapped memory")]
 
-use std::fs;
+mod guest;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, RegionHandle, Settings};
+use guest::{smaps_bytes, write_word};
 
 const HUGE_PAGE_PAGES: u32 = 512;
 const HUGE_PAGES: u32 = 8;
@@ -18,10 +19,7 @@ fn deadline() -> Instant {
 
 /// Writes the first word of a page.
 fn write(mapping: &Mapping, page: u32, word: u64) {
-    let pages: *mut [u64; PAGE_WORDS] = mapping.as_ptr().cast();
-    let address = pages.wrapping_add(page as usize).cast::<u64>();
-    // SAFETY: the word lies inside the mapping, which this test alone writes to.
-    unsafe { address.write_volatile(word) };
+    write_word(mapping, page as usize, 0, word);
 }
 
 fn read(mapping: &Mapping, page: u32) -> u64 {
@@ -47,25 +45,9 @@ fn merged() -> (Engine, [RegionHandle; 2]) {
     (engine, regions)
 }
 
-/// Bytes of a mapping that one entry of the page tables maps 2 MiB at a time, by
-/// `/proc/self/smaps`.
+/// Bytes of a mapping that one entry of the page tables maps 2 MiB at a time.
 fn huge_bytes(mapping: &Mapping) -> usize {
-    let start = mapping.as_ptr().addr();
-    let end = start + mapping.size_bytes();
-    let smaps = fs::read_to_string("/proc/self/smaps").expect("smaps is there");
-    let mut inside = false;
-    let mut bytes = 0;
-    for line in smaps.lines() {
-        let head = line.split(' ').next().unwrap_or_default();
-        let hex = |text| usize::from_str_radix(text, 16).ok();
-        if let Some((Some(from), Some(to))) = head.split_once('-').map(|(a, b)| (hex(a), hex(b))) {
-            inside = from < end && start < to;
-        } else if inside && let Some(kib) = line.strip_prefix("ShmemPmdMapped:") {
-            let kib = kib.trim().trim_end_matches(" kB");
-            bytes += kib.parse::<usize>().expect("a number") * 1024;
-        }
-    }
-    bytes
+    smaps_bytes(mapping, "ShmemPmdMapped")
 }
 
 fn pool_bytes(engine: &Engine) -> u64 {

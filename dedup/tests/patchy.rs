@@ -1,13 +1,12 @@
 //! Memory that is alike but for scattered pages, on real memory.
-#![expect(
-    unsafe_code,
-    reason = "plays the guest: reads and writes mapped memory"
-)]
+
+mod guest;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, RegionHandle, Run, Settings};
+use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, RegionHandle, Run, Settings};
+use guest::{assert_holds, vmas, write_page};
 
 const BLOCKS: usize = 4;
 const PAGES: usize = BLOCKS * 512;
@@ -16,26 +15,6 @@ const REGIONS: usize = 3;
 /// A group of pages takes one, and what lies between two groups another. Mapped one by one, the
 /// runs between a region's own pages would take two for each of some 200.
 const VMAS_MAX: usize = 8 * BLOCKS;
-
-fn word(region: &RegionHandle, page: usize, word: usize) -> *mut u64 {
-    let words = region.mapping().as_ptr().cast::<u64>();
-    words.wrapping_add(page * PAGE_WORDS + word)
-}
-
-fn write_page(region: &RegionHandle, page: usize, content: u64) {
-    for index in 0..PAGE_WORDS {
-        // SAFETY: the word lies inside the region, which is mapped.
-        unsafe { word(region, page, index).write_volatile(content * (index as u64 + 1)) };
-    }
-}
-
-fn assert_holds(region: &RegionHandle, page: usize, content: u64) {
-    for index in 0..PAGE_WORDS {
-        // SAFETY: the word lies inside the region, which is mapped.
-        let found = unsafe { word(region, page, index).read_volatile() };
-        assert_eq!(found, content * (index as u64 + 1), "page {page}");
-    }
-}
 
 /// Every tenth page is the region's own, in each region others.
 fn is_own(region: usize, page: usize) -> bool {
@@ -52,26 +31,12 @@ fn shared_pages(region: usize) -> u64 {
     (0..PAGES).filter(|&page| !is_own(region, page)).count() as u64
 }
 
-/// VMAs that lie in a region, by `/proc/self/maps`.
-fn vmas(region: &RegionHandle) -> usize {
-    let start = region.mapping().as_ptr().addr();
-    let end = start + region.mapping().size_bytes();
-    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps is there");
-    let inside = |line: &&str| {
-        let addresses = line.split(' ').next().unwrap_or_default();
-        let parse = |text| usize::from_str_radix(text, 16).ok();
-        let (from, to) = addresses.split_once('-').expect("a range");
-        parse(from) < Some(end) && Some(start) < parse(to)
-    };
-    maps.lines().filter(inside).count()
-}
-
 fn filled(engine: &Engine, region: usize) -> RegionHandle {
     let mapping = Mapping::new(PAGES * PAGE_SIZE_BYTES).expect("address space is there");
     let handle = engine
         .register(mapping)
         .expect("the kernel takes the range");
-    (0..PAGES).for_each(|page| write_page(&handle, page, content(region, page)));
+    (0..PAGES).for_each(|page| write_page(handle.mapping(), page, content(region, page)));
     handle
 }
 
@@ -83,11 +48,15 @@ fn wait_for_passes(engine: &Engine) {
 fn assert_merged(engine: &Engine, regions: &[RegionHandle], vmas_max: usize) {
     for (index, region) in regions.iter().enumerate() {
         assert_eq!(region.stats().pages_merging, shared_pages(index));
-        assert!(vmas(region) <= vmas_max, "{} mappings", vmas(region));
-        (0..PAGES).for_each(|page| assert_holds(region, page, content(index, page)));
+        assert!(
+            vmas(region.mapping()) <= vmas_max,
+            "{} mappings",
+            vmas(region.mapping())
+        );
+        (0..PAGES).for_each(|page| assert_holds(region.mapping(), page, content(index, page)));
     }
     let stats = engine.stats();
-    let real: usize = regions.iter().map(vmas).sum();
+    let real: usize = regions.iter().map(|region| vmas(region.mapping())).sum();
     assert!(real as u64 <= stats.vmas + 1, "{real} {stats:?}");
     let pool_bytes = engine.process_memory().pool_bytes().expect("fstat");
     assert_eq!(pool_bytes, stats.pool_bytes, "a hole takes no memory");
@@ -101,17 +70,17 @@ fn regions_that_differ_in_every_tenth_page_take_few_mappings() {
     assert_merged(&engine, &regions, VMAS_MAX);
     // A guest writes to its own pages and to others, and gets the old content back.
     for page in (0..PAGES).step_by(3) {
-        write_page(&regions[1], page, 5_000_000);
+        write_page(regions[1].mapping(), page, 5_000_000);
     }
     for page in (0..PAGES).step_by(3) {
-        write_page(&regions[1], page, content(1, page));
+        write_page(regions[1].mapping(), page, content(1, page));
     }
     wait_for_passes(&engine);
     assert_merged(&engine, &regions, VMAS_MAX);
     engine.set_run(Run::Unmerge).expect("there is memory");
     assert_eq!(engine.process_memory().pool_bytes().expect("fstat"), 0);
     for (index, region) in regions.iter().enumerate() {
-        (0..PAGES).for_each(|page| assert_holds(region, page, content(index, page)));
+        (0..PAGES).for_each(|page| assert_holds(region.mapping(), page, content(index, page)));
     }
 }
 
@@ -129,10 +98,10 @@ fn guests_read_and_write_while_runs_are_mapped_around_their_pages() {
                     for page in (0..PAGES).filter(|&page| is_own(index, page)) {
                         // Its own page is changed now and then, the next one is read.
                         if page % 40 == 3 * index {
-                            write_page(region, page, content(index, page) + version);
-                            assert_holds(region, page, content(index, page) + version);
+                            write_page(region.mapping(), page, content(index, page) + version);
+                            assert_holds(region.mapping(), page, content(index, page) + version);
                         }
-                        assert_holds(region, page + 1, content(index, page + 1));
+                        assert_holds(region.mapping(), page + 1, content(index, page + 1));
                     }
                     version += 1;
                 }
@@ -147,7 +116,7 @@ fn guests_read_and_write_while_runs_are_mapped_around_their_pages() {
     });
     for (index, region) in regions.iter().enumerate() {
         for page in (0..PAGES).filter(|page| page % 40 == 3 * index) {
-            write_page(region, page, content(index, page));
+            write_page(region.mapping(), page, content(index, page));
         }
     }
     wait_for_passes(&engine);
