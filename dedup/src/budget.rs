@@ -8,10 +8,11 @@
 //! meanwhile errs on the safe side.
 //!
 //! # Locks
-//! `Budget::state` is a leaf but for the gauge, which may take locks of its own and none of the
-//! engine's. Whoever looks after the guests while memory runs out asks for the budget and for what
-//! is waited for without it: the worker holds it while it asks the gauge, and beside busy guests it
-//! may be off the CPU for tens of milliseconds meanwhile.
+//! `Budget::state` is a leaf. It is not held while the gauge is asked, which reads files and may have
+//! locks of its own: beside busy guests the worker may be off the CPU for tens of milliseconds
+//! meanwhile, and an exit, which tells that memory was given back, would wait for it. Whoever looks
+//! after the guests while memory runs out asks for the budget and for what is waited for without the
+//! lock.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -99,13 +100,18 @@ struct State {
     taken: VecDeque<(Instant, u64)>,
     /// Orders that sent away who waited.
     cancels: u64,
+    /// Times that somebody said that there is more memory now.
+    wakes: u64,
     patience: Duration,
 }
 
 impl State {
-    /// Bytes of `budget_bytes` that can be promised now; `None` where nothing limits.
-    fn room_bytes(&mut self, budget_bytes: Option<u64>) -> Option<u64> {
-        let headroom = self.gauge.as_ref()?.headroom(budget_bytes)?;
+    /// Bytes that can be promised now, by what the gauge said; `None` where nothing limits.
+    fn room_bytes(&mut self, headroom: Option<Headroom>) -> Option<u64> {
+        let Some(headroom) = headroom else {
+            self.taken.clear();
+            return None;
+        };
         while self
             .taken
             .front()
@@ -130,7 +136,7 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = sync::lock(&self.budget.state);
         state.reserved_bytes -= self.bytes;
-        if state.gauge.is_some() && self.budget.bytes().is_some() {
+        if state.gauge.is_some() {
             state.taken.push_back((Instant::now(), self.bytes));
         }
         drop(state);
@@ -165,6 +171,7 @@ impl Budget {
             reserved_bytes: 0,
             taken: VecDeque::new(),
             cancels: 0,
+            wakes: 0,
             patience: UNMERGE_PATIENCE,
         };
         Arc::new(Budget {
@@ -188,6 +195,7 @@ impl Budget {
         self.limit.store(limit_bytes, Ordering::Relaxed);
         // Nobody kept account while there was none.
         state.taken.clear();
+        state.wakes += 1;
         drop(state);
         self.changed.notify_all();
     }
@@ -212,7 +220,7 @@ impl Budget {
     /// Has those who wait look again: memory was given back, or a region is exiting.
     pub(crate) fn wake(&self) {
         // With the lock, so that nobody who has just looked misses it.
-        drop(sync::lock(&self.state));
+        sync::lock(&self.state).wakes += 1;
         self.changed.notify_all();
     }
 
@@ -222,9 +230,16 @@ impl Budget {
         self.changed.notify_all();
     }
 
+    /// What the gauge says, asked without the lock.
+    fn headroom(&self) -> Option<Headroom> {
+        let gauge = sync::lock(&self.state).gauge.clone();
+        gauge?.headroom(self.bytes())
+    }
+
     /// Whether `bytes` could be reserved without waiting.
     pub(crate) fn has_room(&self, bytes: u64) -> bool {
-        let room_bytes = sync::lock(&self.state).room_bytes(self.bytes());
+        let headroom = self.headroom();
+        let room_bytes = sync::lock(&self.state).room_bytes(headroom);
         room_bytes.is_none_or(|room| room >= bytes)
     }
 
@@ -237,15 +252,18 @@ impl Budget {
         bytes: u64,
         is_cancelled: impl Fn() -> bool,
     ) -> Result<Reservation, Shortage> {
-        let mut state = sync::lock(&self.state);
-        let (cancels, begun) = (state.cancels, Instant::now());
+        let state = sync::lock(&self.state);
+        let (cancels, mut wakes, begun) = (state.cancels, state.wakes, Instant::now());
+        drop(state);
         // Told from the first wait to the end of the last, the looks between them included.
         let mut waiting = None;
         loop {
+            let headroom = self.headroom();
+            let mut state = sync::lock(&self.state);
             if is_cancelled() || state.cancels != cancels {
                 return Err(Shortage::Cancelled);
             }
-            let missing_bytes = match state.room_bytes(self.bytes()) {
+            let missing_bytes = match state.room_bytes(headroom) {
                 Some(room) if room < bytes => bytes - room,
                 _ => {
                     state.reserved_bytes += bytes;
@@ -256,15 +274,20 @@ impl Budget {
                 return Err(Shortage::Starved { missing_bytes });
             };
             waiting.get_or_insert_with(|| Waiting::new(self, bytes));
-            state = sync::wait_timeout(&self.changed, state, left.min(LOOK_INTERVAL));
+            // What was given back after the gauge was asked may be enough.
+            if state.wakes == wakes {
+                state = sync::wait_timeout(&self.changed, state, left.min(LOOK_INTERVAL));
+            }
+            wakes = state.wakes;
         }
     }
 
     /// Reserves pool pages for a merge: `pages` of them, or as many as there are, or a few all the
     /// same. Never waits: a merge gives back more than it takes. Returns how many.
     pub(crate) fn reserve_for_merge(self: &Arc<Budget>, pages: u32) -> (Reservation, u32) {
+        let headroom = self.headroom();
         let mut state = sync::lock(&self.state);
-        let room_pages = match state.room_bytes(self.bytes()) {
+        let room_pages = match state.room_bytes(headroom) {
             Some(bytes) => u32::try_from(bytes / bytes_of(1)).unwrap_or(u32::MAX),
             None => u32::MAX,
         };
@@ -437,7 +460,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_guards_questions_never_wait_for_who_asks_the_gauge() {
+    fn nobody_waits_for_who_asks_the_gauge() {
         let (budget, _) = budget(1 << 20);
         let (asked, is_asked) = mpsc::sync_channel(0);
         let (answer, may_answer) = mpsc::sync_channel(0);
@@ -448,7 +471,11 @@ pub(crate) mod tests {
         is_asked.recv().unwrap();
         let theirs = budget.clone();
         let (told, figures) = mpsc::channel();
-        thread::spawn(move || told.send((theirs.bytes(), theirs.waiting_bytes())));
+        thread::spawn(move || {
+            // An exit, and the guard.
+            theirs.wake();
+            told.send((theirs.bytes(), theirs.waiting_bytes()))
+        });
         let figures = figures.recv_timeout(Duration::from_secs(5));
         answer.send(()).unwrap();
         assert!(worker.join().unwrap());
