@@ -4,6 +4,7 @@ use std::ptr;
 
 use thiserror::Error;
 
+use crate::backing::linux::check_mapped;
 use crate::backing::linux::pagemap::Pagemap;
 use crate::page::{HUGE_PAGE_BYTES, PAGE_SIZE_BYTES, PageBuf, bytes_to_pages, pages_to_bytes};
 use crate::racing::copy_page_out;
@@ -163,9 +164,7 @@ pub(crate) fn reserve_aligned(
             0,
         )
     };
-    if start == libc::MAP_FAILED {
-        return Err(std::io::Error::last_os_error());
-    }
+    check_mapped(start)?;
     let start: *mut u8 = start.cast();
     let before_bytes = start.align_offset(align_bytes);
     let aligned = start.wrapping_add(before_bytes);

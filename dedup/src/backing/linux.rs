@@ -23,7 +23,7 @@ fn check(returned: libc::c_int) -> io::Result<()> {
 }
 
 /// Turns the `MAP_FAILED` of a mapping call into the error it left.
-fn check_mapped(returned: *mut libc::c_void) -> io::Result<()> {
+pub(crate) fn check_mapped(returned: *mut libc::c_void) -> io::Result<()> {
     if returned == libc::MAP_FAILED {
         Err(io::Error::last_os_error())
     } else {

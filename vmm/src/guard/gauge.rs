@@ -39,7 +39,6 @@ pub(crate) struct Gauge {
     process: Arc<ProcessMemory>,
     cgroups: Option<Cgroups>,
     counted: Arc<Mutex<Option<Counted>>>,
-    cpus: usize,
     /// Tells the line, which only depends on the number of CPUs.
     policy: Policy,
     monitor: Arc<CountedMonitor>,
@@ -91,7 +90,6 @@ impl Gauge {
             process,
             cgroups: cgroups(),
             counted: Arc::default(),
-            cpus,
             policy: Policy::new(cpus),
             monitor: Arc::new(CountedMonitor::new()),
         }
@@ -105,10 +103,9 @@ impl Gauge {
     pub(crate) fn twin(&self) -> io::Result<Gauge> {
         Ok(Gauge {
             process: Arc::new(self.process.reopen()?),
-            cgroups: cgroups(),
+            cgroups: self.cgroups.as_ref().and_then(|_| cgroups()),
             counted: Arc::clone(&self.counted),
-            cpus: self.cpus,
-            policy: Policy::new(self.cpus),
+            policy: self.policy.clone(),
             monitor: Arc::clone(&self.monitor),
         })
     }

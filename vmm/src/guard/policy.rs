@@ -79,7 +79,7 @@ pub(crate) enum Action {
 }
 
 /// The policy of one domain, with what it remembers of the last looks.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Policy {
     cpus: u64,
     last: Option<(Duration, u64)>,

@@ -126,14 +126,23 @@ mod tests {
     use kvm_ioctls::VcpuExit;
     use vm_memory::{Bytes, GuestAddress};
 
-    #[test]
-    fn device_writes_are_told_once_and_a_closed_log_tells_nothing() {
+    /// A VM that logs writes to its 256 pages; `None` where there shall be none.
+    fn vm_with_memory() -> Option<(Arc<VmFd>, Ram)> {
         if std::env::var("SAMEPAGE_SKIP_KVM").is_ok_and(|value| value == "1") {
-            return;
+            return None;
         }
         let (kvm, _) =
             Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
         let ram = Ram::new(1 << 20, None).unwrap();
+        let vm = vm::create(&kvm, ram.memory(), true).unwrap();
+        Some((Arc::new(vm), ram))
+    }
+
+    #[test]
+    fn device_writes_are_told_once_and_a_closed_log_tells_nothing() {
+        let Some((vm, ram)) = vm_with_memory() else {
+            return;
+        };
         let (log, source) = DirtyLog::new(ram.memory());
         let collect = || {
             let mut dirty = PageSet::new(256);
@@ -143,7 +152,6 @@ mod tests {
                 .collect::<Vec<u32>>()
         };
 
-        let vm = Arc::new(vm::create(&kvm, ram.memory(), true).unwrap());
         log.attach(&vm);
         collect();
         ram.memory()
@@ -170,14 +178,10 @@ mod tests {
 
     #[test]
     fn an_ignored_page_is_told_of_once_it_is_not_ignored_any_more() {
-        if std::env::var("SAMEPAGE_SKIP_KVM").is_ok_and(|value| value == "1") {
+        let Some((vm, ram)) = vm_with_memory() else {
             return;
-        }
-        let (kvm, _) =
-            Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
-        let ram = Ram::new(1 << 20, None).unwrap();
+        };
         let (log, source) = DirtyLog::new(ram.memory());
-        let vm = Arc::new(vm::create(&kvm, ram.memory(), true).unwrap());
         log.attach(&vm);
         let code = GuestAddress(0x1000);
         ram.memory().write_slice(&ADD_TO_TWO_PAGES, code).unwrap();

@@ -124,7 +124,7 @@ unsafe fn plug(start: *mut u8, len_bytes: usize, userfaultfd: &Userfaultfd) -> i
 unsafe fn lose(start: *mut u8, len_bytes: usize) -> io::Result<()> {
     fail::fail_point!("unmapped", |_| {
         // SAFETY: as for this call.
-        check(unsafe { libc::munmap(start.cast(), len_bytes) })?;
+        unsafe { crate::mapping::unmap(start, len_bytes) };
         Err(io::Error::from_raw_os_error(libc::ENOMEM))
     });
     Ok(())

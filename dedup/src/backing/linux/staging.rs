@@ -3,7 +3,8 @@
 use std::io;
 use std::ptr;
 
-use super::{LinuxPool, Userfaultfd, check, check_mapped};
+use super::{LinuxPool, Userfaultfd, check_mapped};
+use crate::mapping::unmap;
 use crate::page::{PoolPage, pages_to_bytes};
 
 /// A private mapping of consecutive pages of the pool at an address that nobody else knows, unmapped
@@ -73,9 +74,6 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         // SAFETY: the range was mapped by `new` and nobody else knows its address.
-        let unmapped = check(unsafe { libc::munmap(self.start.cast(), self.len_bytes) });
-        if let Err(error) = unmapped {
-            log::error!("cannot unmap a staging range: {error}");
-        }
+        unsafe { unmap(self.start, self.len_bytes) };
     }
 }
