@@ -25,10 +25,14 @@ pub(crate) enum Residency {
     Swapped,
 }
 
+/// A range of pages, and the page of the pool that the first of them is to be mapped to.
+pub(crate) type Part = (PageRange, PoolPage);
+
 /// The memory of one region.
 ///
 /// All methods may be called while guests read and write the region. Writers of a protected page
-/// wait; readers never do, so each change of what a page shows must be one step for them.
+/// wait; readers do so only where [`Backing::share`] says it, so each change of what a page shows
+/// must be one step for them.
 pub(crate) trait Backing: Send + Sync + 'static {
     /// Where stable pages live.
     type Pool: Pool;
@@ -73,8 +77,12 @@ pub(crate) trait Backing: Send + Sync + 'static {
     /// [`Backing::protect`].
     fn release(&self, range: PageRange, remapped: bool);
 
-    /// Maps the pool's pages from `first` on over `range`. Its writers wait on.
-    fn share(&self, pool: &Self::Pool, range: PageRange, first: PoolPage) -> io::Result<()>;
+    /// Maps the pool's pages from a first one on over each of `parts` of a protected range, which
+    /// ascend. Their writers wait on. Of several parts, none of which may lie in a mapping of the
+    /// pool, readers may wait too, until the release.
+    ///
+    /// Returns how many parts it did, as [`Backing::uncover`]; the others are as they were.
+    fn share(&self, pool: &Self::Pool, parts: &[Part]) -> io::Result<usize>;
 
     /// Maps the pool's pages from `first` on over `range` in one step, but for those of `own`, parts
     /// of it in ascending order: they keep what they show, as private pages over places of the pool

@@ -14,6 +14,8 @@
 //! | `pool_write` | getting memory for a pool page |
 //! | `mremap` | healing a block |
 //! | `bridge`, `bridge_move` | mapping pool pages around pages that are not shared: at once, or once those were copied |
+//! | `put_back` | putting copies in place of pages that were taken away, for which mapping failed |
+//! | `disarm` | letting whoever comes to a page without memory find zeros again |
 //! | `fallocate` | punching pages out of the pool |
 //! | `pagemap` | asking what lies behind pages |
 

@@ -1,11 +1,13 @@
-//! How many pages are protected together: whoever writes to one of them waits for all.
+//! How many pages are protected together: whoever writes to one of them waits for all, and so does
+//! who reads one that lies alone.
 
 use crate::merge::RUN_PAGES_MAX;
 
 /// What a writer may wait for at most, by the costs below and those of each kind of merge.
 pub(crate) const GROUP_NS_MAX: u32 = 300_000;
-/// Mapping a run: the system call, and the VMAs that it splits.
-pub(crate) const RUN_NS: u32 = 6_000;
+/// Mapping a run: the system call, and the VMAs that it splits. 3 to 6 us, the more the longer the
+/// kernel's tree of who maps the pool is.
+pub(crate) const RUN_NS: u32 = 5_000;
 /// Comparing a page and dropping its private copy.
 pub(crate) const PAGE_NS: u32 = 500;
 /// Pages between two that are merged which are protected along with them, or lie between two of one

@@ -9,7 +9,8 @@
 //!
 //! # What is guaranteed
 //! - A merge is invisible: *protect, compare again, swap, wake*. No read returns anything but the
-//!   last write; no write is lost. Readers never wait, writers wait for one run of pages at most.
+//!   last write; no write is lost. Writers wait for one group of pages at most, and readers only
+//!   where pages lie alone, as long.
 //! - Bytes decide, never hashes.
 //! - A stable page is a fresh copy in the pool, never changes, and is punched out of the pool
 //!   when its last sharer has left.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::backing::Backing;
+use crate::backing::{Backing, Part};
 use crate::page::{PageRange, PoolPage};
 
 /// A range whose writers wait. Dropping it lets them go on, whatever happened in between: an
@@ -31,15 +31,11 @@ impl<'a, B: Backing> Protected<'a, B> {
         Ok(protected)
     }
 
-    /// Maps pool pages over a part of the range.
-    pub(crate) fn share(
-        &mut self,
-        pool: &B::Pool,
-        part: &PageRange,
-        first: PoolPage,
-    ) -> io::Result<()> {
+    /// Maps pool pages over parts of the range, none of several in a mapping of the pool. Returns
+    /// how many of them, from the first on, and at least one.
+    pub(crate) fn share(&mut self, pool: &B::Pool, parts: &[Part]) -> io::Result<usize> {
         self.remapped = true;
-        self.backing.share(pool, part.clone(), first)
+        self.backing.share(pool, parts)
     }
 
     /// Maps pool pages over a part of the range, but for the pages of `own`.

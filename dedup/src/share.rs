@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::backing::Backing;
+use crate::backing::{Backing, Part};
 use crate::budget::bytes_of;
 use crate::group::{self, GAP_PAGES_MAX, RUN_NS};
 use crate::item::PageState;
@@ -47,6 +47,11 @@ fn gaps(run: &[Candidate]) -> Vec<PageRange> {
         .map(|pair| pair[0].0 + 1..pair[1].0)
         .filter(|gap| !gap.is_empty())
         .collect()
+}
+
+/// All pages from the first of a run to its last.
+fn span(run: &[Candidate]) -> PageRange {
+    run[0].0..run[run.len() - 1].0 + 1
 }
 
 impl<B: Backing> Scanner<B> {
@@ -112,16 +117,12 @@ impl<B: Backing> Scanner<B> {
         };
         let tried = group[tried_len - 1].0;
         unequal.extend(others.into_iter().filter(|&page| page <= tried));
-        let (covering, new): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| part.1);
-        for (part, _) in new {
-            // Else its exit, which has freed its memory by now, would be given some again.
-            if inside.is_exiting() {
-                return Ok(group.len());
-            }
-            self.share(&mut protected, id, part)?;
-        }
-        let covering: Vec<&[Candidate]> = covering.into_iter().map(|(part, _)| part).collect();
-        self.uncover(&mut protected, id, &covering)?;
+        let those = |covering: bool| {
+            let wanted = parts.iter().filter(move |part| part.1 == covering);
+            wanted.map(|part| part.0).collect::<Vec<_>>()
+        };
+        self.share_runs(inside, &mut protected, &those(false))?;
+        self.uncover(&mut protected, id, &those(true))?;
         Ok(tried_len)
     }
 
@@ -170,34 +171,79 @@ impl<B: Backing> Scanner<B> {
             .collect()
     }
 
-    /// Maps a compared run of a protected range to stable pages, within the VMA budget.
-    fn share(
+    /// Maps compared runs of a protected range to stable pages, within the VMA budget.
+    fn share_runs(
+        &mut self,
+        inside: &Entered<'_, B>,
+        protected: &mut Protected<'_, B>,
+        runs: &[&[Candidate]],
+    ) -> io::Result<()> {
+        let id = inside.region.id();
+        let items = self.items(id);
+        let (together, alone): (Vec<_>, Vec<_>) = runs.iter().partition(|run| {
+            let range = span(run);
+            range_pages(&range) == run_len(run) && !items.any_in_pool_vma(&range)
+        });
+        for run in alone {
+            // Else its exit, which has freed its memory by now, would be given some again.
+            if inside.is_exiting() {
+                return Ok(());
+            }
+            self.share_alone(protected, id, run)?;
+        }
+        let mut added = 0;
+        let together: Vec<&[Candidate]> = together
+            .into_iter()
+            .filter(|run| self.takes_vmas_for(id, run, &mut added))
+            .collect();
+        let mut rest = &together[..];
+        while !rest.is_empty() && !inside.is_exiting() {
+            let parts: Vec<Part> = rest.iter().map(|run| (span(run), run[0].1)).collect();
+            let (shared, later) = rest.split_at(protected.share(&self.pool, &parts)?);
+            for run in shared {
+                self.note_mapped(id, run);
+            }
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Maps a run that lies in mappings of the pool, or goes on around pages that are not shared.
+    fn share_alone(
         &mut self,
         protected: &mut Protected<'_, B>,
         id: RegionId,
         run: &[Candidate],
     ) -> io::Result<()> {
-        let (page, first) = run[0];
-        let range = page..run[run.len() - 1].0 + 1;
-        let added = self.items(id).vmas_added_by_remap(&range);
-        if !self.takes_vmas(added, run_len(run)) {
+        if !self.takes_vmas_for(id, run, &mut 0) {
+            return Ok(());
+        }
+        let (range, first, own) = (span(run), run[0].1, gaps(run));
+        if own.is_empty() {
+            protected.share(&self.pool, &[(range, first)])?;
+        } else {
+            protected.bridge(&self.pool, &range, first, &own)?;
+        }
+        self.note_mapped(id, run);
+        Ok(())
+    }
+
+    /// Whether a run may be mapped after others that will take `added` VMAs; counts it among them if
+    /// so. Neighbours count one too many, because none of them is mapped yet.
+    fn takes_vmas_for(&mut self, id: RegionId, run: &[Candidate], added: &mut i64) -> bool {
+        let more = self.items(id).vmas_added_by_remap(&span(run));
+        let takes = self.takes_vmas(*added + more, run_len(run));
+        if takes {
+            *added += more;
+        } else {
             // Left out for good, until it changes: trying again in each pass would cost CPU.
             for &(page, pool_page) in run {
                 let checksum = self.stable.fingerprint(pool_page).checksum();
                 self.items(id)
                     .set_state(page, PageState::Unshared { checksum });
             }
-            return Ok(());
         }
-        let own = gaps(run);
-        if own.is_empty() {
-            protected.share(&self.pool, &range, first)?;
-        } else {
-            protected.bridge(&self.pool, &range, first, &own)?;
-        }
-        self.remap(id, &range, Some(first));
-        self.note_shared(id, run);
-        Ok(())
+        takes
     }
 
     /// Drops the copies of compared runs of a protected range, whose stable pages lie under them.
@@ -220,6 +266,12 @@ impl<B: Backing> Scanner<B> {
             done += more;
         }
         Ok(())
+    }
+
+    /// Accounts for a run that is one mapping of the pool now.
+    fn note_mapped(&mut self, id: RegionId, run: &[Candidate]) {
+        self.remap(id, &span(run), Some(run[0].1));
+        self.note_shared(id, run);
     }
 
     /// Accounts for pages that are mapped to stable pages now.

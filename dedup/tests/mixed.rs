@@ -311,8 +311,10 @@ fn what_guests_read_is_what_they_wrote_whatever_the_engine_does() {
 #[cfg(feature = "failpoints")]
 #[test]
 fn what_guests_read_is_what_they_wrote_whatever_fails() {
-    const POINTS: [&str; 9] = [
+    const POINTS: [&str; 11] = [
         "mmap",
+        "put_back",
+        "disarm",
         "bridge",
         "bridge_move",
         "madvise",

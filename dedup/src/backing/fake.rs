@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 pub(crate) use call::Call;
 pub(crate) use pool::{FakePool, Moment};
 
-use super::{Backing, Residency};
+use super::{Backing, Part, Residency};
 use crate::dirty::PageSet;
 use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage};
 use crate::sync;
@@ -168,18 +168,13 @@ impl FakeMemory {
     }
 
     /// Makes one call for each part until one fails, or some are done: the kernel may stop early.
-    fn call_for_parts(
-        &self,
-        kind: Call,
-        parts: &[PageRange],
-        change: impl Fn(u32),
-    ) -> io::Result<usize> {
+    fn call_for_parts<T>(&self, kind: Call, parts: &[T], change: impl Fn(&T)) -> io::Result<usize> {
         const PARTS_MAX: usize = 3;
         for (done, part) in parts.iter().take(PARTS_MAX).enumerate() {
             match self.call(kind) {
                 Err(error) if done == 0 => return Err(error),
                 Err(_) => return Ok(done),
-                Ok(()) => part.clone().for_each(&change),
+                Ok(()) => change(part),
             }
         }
         Ok(parts.len().min(PARTS_MAX))
@@ -292,10 +287,18 @@ impl Backing for FakeMemory {
         self.set_protected(range, false);
     }
 
-    fn share(&self, pool: &FakePool, range: PageRange, first: PoolPage) -> io::Result<()> {
-        self.call(Call::Share)?;
-        self.map(pool, range, first);
-        Ok(())
+    fn share(&self, pool: &FakePool, parts: &[Part]) -> io::Result<usize> {
+        for (range, _) in parts.iter().filter(|_| parts.len() > 1) {
+            let under = &sync::lock(&self.under)[range.start as usize..range.end as usize];
+            assert_eq!(
+                under.iter().flatten().count(),
+                0,
+                "{range:?} shows the pool"
+            );
+        }
+        self.call_for_parts(Call::Share, parts, |(range, first)| {
+            self.map(pool, range.clone(), *first);
+        })
     }
 
     fn bridge(
@@ -330,12 +333,15 @@ impl Backing for FakeMemory {
     }
 
     fn uncover(&self, parts: &[PageRange]) -> io::Result<usize> {
-        self.call_for_parts(Call::Uncover, parts, |page| {
+        let uncover = |page: u32| {
             assert!(self.is_protected(page), "uncovered without protection");
             let pool_page =
                 sync::lock(&self.under)[page as usize].expect("it is mapped to the pool");
             assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
             sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
+        };
+        self.call_for_parts(Call::Uncover, parts, |part| {
+            part.clone().for_each(uncover);
         })
     }
 
@@ -359,7 +365,9 @@ impl Backing for FakeMemory {
     }
 
     fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize> {
-        self.call_for_parts(Call::DropZeros, parts, |page| self.drop_zero(page, false))
+        self.call_for_parts(Call::DropZeros, parts, |part| {
+            part.clone().for_each(|page| self.drop_zero(page, false));
+        })
     }
 
     fn unmap_zeros(&self, range: PageRange) -> io::Result<()> {

@@ -1,17 +1,17 @@
 //! A region's memory as the kernel keeps it.
 
+mod parts;
+
 use std::io;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use linux_raw_sys::general::PIDFD_SELF_THREAD;
+use std::sync::atomic::AtomicBool;
 
 use super::pagemap::Pagemap;
 use super::replace::replace;
 use super::staging::Staging;
 use super::{LinuxPool, Userfaultfd, check, check_mapped};
-use crate::backing::{Backing, Residency};
+use crate::backing::{Backing, Part, Residency};
 use crate::fault::may_fail;
 use crate::mapping::Mapping;
 use crate::page::{PAGE_SIZE_BYTES, PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
@@ -25,6 +25,8 @@ pub(crate) struct LinuxMemory {
     pagemap: Pagemap,
     /// The kernel takes advice for many ranges at once, or was not asked yet.
     takes_many: AtomicBool,
+    /// Whoever comes to a page that is not there, in the range that is protected now, sleeps.
+    armed: AtomicBool,
 }
 
 impl LinuxMemory {
@@ -36,6 +38,7 @@ impl LinuxMemory {
             userfaultfd,
             pagemap: Pagemap::open()?,
             takes_many: AtomicBool::new(true),
+            armed: AtomicBool::new(false),
         })
     }
 
@@ -103,63 +106,6 @@ impl LinuxMemory {
         //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is
         //   (`MADV_POPULATE_WRITE`, `MADV_COLD`).
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
-    }
-
-    /// Drops the pages of `parts`, all by one system call if the kernel can. Returns how many parts
-    /// it did, as [`Backing::uncover`].
-    fn drop_parts(&self, parts: &[PageRange]) -> io::Result<usize> {
-        may_fail!("madvise");
-        let done = match parts {
-            [_, _, ..] if self.takes_many.load(Ordering::Relaxed) => self.drop_many(parts),
-            _ => Ok(0),
-        };
-        match done {
-            Ok(0) => {}
-            Ok(done) => return Ok(done),
-            // What is wrong with the first part, if anything is, the call for it alone will say.
-            Err(error) => self
-                .takes_many
-                .store(!is_refusal(&error), Ordering::Relaxed),
-        }
-        self.advise(&parts[0], libc::MADV_DONTNEED).map(|()| 1)
-    }
-
-    /// One call for all parts, of which the kernel may do fewer. This process names itself without a
-    /// descriptor, since Linux 6.14: older ones refuse that, and would have little gain (they flush
-    /// TLBs for each part).
-    fn drop_many(&self, parts: &[PageRange]) -> io::Result<usize> {
-        let spans: Vec<libc::iovec> = parts
-            .iter()
-            .map(|part| self.span(part))
-            .map(|(start, iov_len)| libc::iovec {
-                iov_base: start.cast(),
-                iov_len,
-            })
-            .collect();
-        let (advice, flags) = (libc::MADV_DONTNEED, 0);
-        // SAFETY:
-        // - `span` checked that each span lies inside the reserved range, which is ours alone.
-        // - As in `advise`: what is dropped holds zeros, or covers an equal page of the pool.
-        // - `spans` is valid for as long as the call takes.
-        let advised_bytes = unsafe {
-            libc::syscall(
-                libc::SYS_process_madvise,
-                PIDFD_SELF_THREAD,
-                spans.as_ptr(),
-                spans.len(),
-                advice,
-                flags,
-            )
-        };
-        let mut left_bytes =
-            usize::try_from(advised_bytes).map_err(|_| io::Error::last_os_error())?;
-        // It stops between two spans, never inside one (`mm/madvise.c`, `vector_madvise`).
-        let is_done = |span: &&libc::iovec| {
-            let rest = left_bytes.checked_sub(span.iov_len);
-            left_bytes = rest.unwrap_or(0);
-            rest.is_some()
-        };
-        Ok(spans.iter().take_while(is_done).count())
     }
 
     fn release_at_once(&self, range: &PageRange, remapped: bool) -> io::Result<()> {
@@ -268,14 +214,15 @@ impl Backing for LinuxMemory {
     }
 
     fn release(&self, range: PageRange, remapped: bool) {
-        if let Err(error) = self.release_at_once(&range, remapped) {
+        let was_armed = self.disarm(&range);
+        if let Err(error) = self.release_at_once(&range, remapped || was_armed) {
             log::error!("cannot release pages {range:?}, going page by page: {error}");
             self.release_each(&range);
         }
     }
 
-    fn share(&self, pool: &LinuxPool, range: PageRange, first: PoolPage) -> io::Result<()> {
-        self.remap(&range, Some((pool, first)))
+    fn share(&self, pool: &LinuxPool, parts: &[Part]) -> io::Result<usize> {
+        self.share_parts(pool, parts)
     }
 
     fn bridge(
@@ -373,14 +320,6 @@ impl Backing for LinuxMemory {
             log::error!("cannot free the pages of a region: {error}");
         }
     }
-}
-
-/// Whether the kernel does not know the call or this use of it, now and for ever.
-fn is_refusal(error: &io::Error) -> bool {
-    let refusals = [libc::EBADF, libc::EINVAL, libc::EPERM, libc::ENOSYS];
-    error
-        .raw_os_error()
-        .is_some_and(|code| refusals.contains(&code))
 }
 
 #[cfg(test)]

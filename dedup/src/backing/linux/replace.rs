@@ -50,17 +50,11 @@ pub(super) unsafe fn replace(
     if unsafe { is_mapped(start, len_bytes) } {
         return Err(error);
     }
-    let mut told = None;
+    let mut complaint = Complaint::default();
     loop {
         // SAFETY: as for this call.
         let plugged = unsafe { plug(start, len_bytes, userfaultfd) };
-        let is_told = |at: Instant| at.elapsed() < SILENCE;
-        if !told.is_some_and(is_told) {
-            log::error!(
-                "no memory to map {len_bytes} bytes of a guest again: {error}; waiting for some"
-            );
-            told = Some(Instant::now());
-        }
+        complaint.say("no memory to map a part of a guest's again", &error);
         // A hole that is open is filled first.
         if plugged.is_ok() {
             thread::sleep(RETRY);
@@ -69,6 +63,30 @@ pub(super) unsafe fn replace(
         }
         if put().is_ok() {
             return Ok(());
+        }
+    }
+}
+
+/// Makes a call until it succeeds: one that guests wait for, and which nothing can be done without.
+pub(super) fn persist(problem: &str, call: impl Fn() -> io::Result<()>) {
+    let mut complaint = Complaint::default();
+    while let Err(error) = call() {
+        complaint.say(problem, &error);
+        thread::sleep(RETRY);
+    }
+}
+
+/// What is said now and then while a call is made again and again.
+#[derive(Default)]
+struct Complaint {
+    said: Option<Instant>,
+}
+
+impl Complaint {
+    fn say(&mut self, problem: &str, error: &io::Error) {
+        if self.said.is_none_or(|at| at.elapsed() >= SILENCE) {
+            log::error!("{problem}: {error}; trying again until it works");
+            self.said = Some(Instant::now());
         }
     }
 }

@@ -17,7 +17,7 @@ use linux_raw_sys::general::{
     uffdio_copy, uffdio_range, uffdio_register, uffdio_writeprotect,
 };
 use linux_raw_sys::ioctl::{
-    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
+    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
 };
 
 use super::check;
@@ -32,6 +32,7 @@ const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1 << 0;
+const UFFDIO_COPY_MODE_WP: u64 = 1 << 1;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 
 /// An open userfaultfd, agreed on write protection of anonymous and pool pages.
@@ -88,6 +89,20 @@ impl Userfaultfd {
         self.register_for(UFFDIO_REGISTER_MODE_MISSING, start, len_bytes)
     }
 
+    /// Makes a range that is protected, or is to be, one where whoever touches a page that is not
+    /// there sleeps too, until the range is woken. Ends with [`Userfaultfd::unregister`] only: to
+    /// register it for less changes nothing.
+    pub(super) fn arm(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
+        let mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP;
+        self.register_for(mode, start, len_bytes)
+    }
+
+    /// Takes back what a range was registered for, protection included, and wakes who sleeps in it.
+    /// Parts that are not registered are no error.
+    pub(super) fn unregister(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
+        self.ioctl(UFFDIO_UNREGISTER, &mut range(start, len_bytes))
+    }
+
     fn register_for(&self, mode: u32, start: *mut u8, len_bytes: usize) -> io::Result<()> {
         let mut register = uffdio_register {
             range: range(start, len_bytes),
@@ -109,13 +124,41 @@ impl Userfaultfd {
         from: *const u8,
         len_bytes: usize,
     ) -> io::Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_with(UFFDIO_COPY_MODE_DONTWAKE, to, from, len_bytes) }
+    }
+
+    /// The same for pages of a range that is armed, and protected: the copies are so too.
+    ///
+    /// # Safety
+    /// As for [`Userfaultfd::copy`].
+    pub(super) unsafe fn copy_protected(
+        &self,
+        to: *mut u8,
+        from: *const u8,
+        len_bytes: usize,
+    ) -> io::Result<()> {
+        let mode = UFFDIO_COPY_MODE_DONTWAKE | UFFDIO_COPY_MODE_WP;
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_with(mode, to, from, len_bytes) }
+    }
+
+    /// # Safety
+    /// As for [`Userfaultfd::copy`].
+    unsafe fn copy_with(
+        &self,
+        mode: u64,
+        to: *mut u8,
+        from: *const u8,
+        len_bytes: usize,
+    ) -> io::Result<()> {
         let mut done_bytes = 0;
         while done_bytes < len_bytes {
             let mut request = uffdio_copy {
                 dst: to.wrapping_add(done_bytes).addr() as u64,
                 src: from.wrapping_add(done_bytes).addr() as u64,
                 len: (len_bytes - done_bytes) as u64,
-                mode: UFFDIO_COPY_MODE_DONTWAKE,
+                mode,
                 copy: 0,
             };
             let copied = self.ioctl(UFFDIO_COPY, &mut request);

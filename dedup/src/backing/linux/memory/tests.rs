@@ -4,8 +4,10 @@ mod bridging;
 mod parts;
 #[cfg(feature = "failpoints")]
 mod replacing;
+mod sharing;
 
 use std::fs;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -104,7 +106,7 @@ fn release_wakes_everybody(shared: PageRange, own: &[PageRange], remapped: bool)
     if !shared.is_empty() {
         let first = PoolPage(shared.start);
         let mapped = match own {
-            [] => memory.share(&pool, shared, first),
+            [] => memory.share(&pool, &[(shared, first)]).map(drop),
             _ => memory.bridge(&pool, shared, first, own),
         };
         mapped.expect("there are VMAs");

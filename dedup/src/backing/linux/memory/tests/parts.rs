@@ -34,7 +34,7 @@ fn parts_are_uncovered_together() {
     let (memory, pool) = filled();
     memory.protect(0..PAGES, false).expect("it is registered");
     memory
-        .share(&pool, 0..PAGES, PoolPage(0))
+        .share(&pool, &[(0..PAGES, PoolPage(0))])
         .expect("there are VMAs");
     memory.release(0..PAGES, true);
     (0..PAGES).for_each(|page| write(&memory, page, 77));

@@ -8,7 +8,7 @@ use super::*;
 fn a_mapping_that_fails_when_the_old_one_is_gone_is_made_again_until_it_succeeds() {
     type Put = fn(&LinuxMemory, &LinuxPool) -> io::Result<()>;
     let puts: [Put; 3] = [
-        |memory, pool| memory.share(pool, 2..12, PoolPage(2)),
+        |memory, pool| memory.share(pool, &[(2..12, PoolPage(2))]).map(drop),
         |memory, pool| memory.bridge(pool, 2..12, PoolPage(2), &[4..6, 7..8]),
         |memory, _| memory.rebuild(2..12, &[false; 10]),
     ];
@@ -39,7 +39,7 @@ fn who_comes_to_a_page_whose_mapping_is_gone_waits_for_it() {
     memory.protect(0..PAGES, false).expect("it is registered");
     fail::cfg("unmapped", "1*return->1*pause").expect("a known action");
     thread::scope(|scope| {
-        let sharer = scope.spawn(|| memory.share(&pool, 2..12, PoolPage(2)));
+        let sharer = scope.spawn(|| memory.share(&pool, &[(2..12, PoolPage(2))]));
         let [start, end] = [2, 12].map(|page| memory.mapping.address(page).addr());
         wait_until("the hole is plugged", || {
             let maps = fs::read_to_string("/proc/self/maps").expect("this is Linux");
