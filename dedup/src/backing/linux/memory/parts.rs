@@ -101,7 +101,7 @@ impl LinuxMemory {
     }
 
     /// Drops the pages of `parts`, all by one system call if the kernel can. Returns how many parts
-    /// it did, as [`Backing::uncover`].
+    /// it did, as [`Backing::uncover`](crate::backing::Backing::uncover).
     pub(super) fn drop_parts(&self, parts: &[PageRange]) -> io::Result<usize> {
         may_fail!("madvise");
         let done = match parts {
