@@ -1,9 +1,10 @@
-//! Guesses: which stable page a page is likely to be equal to, before it was read.
+//! Guesses: which page a page is likely to be equal to.
 //!
 //! VMs born from one image hold the same content at the same place, and content that moved mostly
 //! moved in runs. A right guess is compared under protection at once, so the page is read once
 //! instead of twice, and not hashed at all. What a guess is made of is known anyway: the items of
-//! the regions that shared last. A table of what was shared at each place was rejected: 4 bytes a
+//! the regions that shared last, or for the founding of stable pages, of those whose pages were last
+//! left in the unstable index. A table of what was shared at each place was rejected: 4 bytes a
 //! page, which count against what is saved.
 
 use crate::region::RegionId;
@@ -11,14 +12,14 @@ use crate::region::RegionId;
 /// Regions that are remembered: fleets of so many images can come up at the same time.
 const REMEMBERED: usize = 2;
 
-/// The regions that were last mapped to stable pages, the latest first.
+/// The regions that something was last done with, the latest first.
 #[derive(Debug, Default)]
 pub(crate) struct Places {
     recent: [Option<RegionId>; REMEMBERED],
 }
 
 impl Places {
-    /// Pages of a region were mapped to stable pages.
+    /// It was done with pages of a region.
     pub(crate) fn note(&mut self, id: RegionId) {
         if self.recent[0] == Some(id) {
             return;

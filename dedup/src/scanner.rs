@@ -36,6 +36,12 @@ impl<B> Attached<B> {
         let watch = self.watch.as_ref().map_or(0, Watch::metadata_bytes);
         self.items.metadata_bytes() + watch
     }
+
+    /// Whether a page of the region is calm, found no equal, and was of this checksum when it was
+    /// last read.
+    pub(crate) fn is_alone(&self, page: u32, checksum: u32) -> bool {
+        page < self.items.pages() && self.items.state(page) == PageState::Unshared { checksum }
+    }
 }
 
 /// The state of scanning.
@@ -46,7 +52,7 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) budget: StdArc<Budget>,
     pub(crate) stable: StablePages,
     pub(crate) unstable: Unstable,
-    attached: RegionMap<Attached<B>>,
+    pub(crate) attached: RegionMap<Attached<B>>,
     vmas: u64,
     vma_budget: u64,
     pages_over_vma_budget: u64,
@@ -60,8 +66,10 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) huge_page_shared_pages_min: u32,
     /// Mappings in a block from which on it may be healed.
     pub(crate) heal_vmas_min: u32,
-    /// Who shared last, to guess by.
+    /// Who shared last, to guess stable pages by.
     pub(crate) places: Places,
+    /// Whose pages were last left for a later one to find, to guess partners by.
+    pub(crate) kept_by: Places,
     /// Where the next sweep of the pool begins.
     pub(crate) sweep_from: PoolPage,
     /// Where a page is copied to, to be hashed.
@@ -89,6 +97,7 @@ impl<B: Backing> Scanner<B> {
             huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
             heal_vmas_min: HEAL_VMAS_MIN,
             places: Places::default(),
+            kept_by: Places::default(),
             sweep_from: PoolPage(0),
             scratch: Box::new([0; PAGE_WORDS]),
             changes: 0,
@@ -198,9 +207,8 @@ impl<B: Backing> Scanner<B> {
     pub(crate) fn end_pass(&mut self) {
         let attached = &self.attached;
         self.unstable.end_pass(|id, page, checksum| {
-            attached.get(&id).is_some_and(|attached| {
-                attached.items.state(page) == PageState::Unshared { checksum }
-            })
+            let attached = attached.get(&id);
+            attached.is_some_and(|attached| attached.is_alone(page, checksum))
         });
         self.full_scans += 1;
         self.intervals.end_pass(Instant::now());

@@ -28,16 +28,16 @@ pub(crate) struct Unstable {
 }
 
 impl Unstable {
-    /// Takes a page with this fingerprint out, another than `page`.
-    pub(crate) fn take_other(
+    /// Takes the pages with this fingerprint out, up to one that is a partner.
+    pub(crate) fn take_partner(
         &mut self,
         fingerprint: Fingerprint,
-        page: (RegionId, u32),
+        is_partner: impl Fn(&(RegionId, u32)) -> bool,
     ) -> Option<(RegionId, u32)> {
         [&mut self.lasting, &mut self.passing, &mut self.left_out]
             .into_iter()
             .filter_map(|entries| entries.remove(&fingerprint))
-            .find(|&other| other != page)
+            .find(is_partner)
     }
 
     /// Keeps a page of a watched region that has an equal in the index already.
@@ -102,11 +102,10 @@ mod tests {
         unstable.insert(Fingerprint(1), (RegionId(1), 1), false);
         unstable.insert(Fingerprint(2), (RegionId(2), 2), true);
         unstable.end_pass(|_, _, _| true);
-        let own = (RegionId(9), 9);
-        assert_eq!(unstable.take_other(Fingerprint(1), own), None);
+        assert_eq!(unstable.take_partner(Fingerprint(1), |_| true), None);
         let other = Some((RegionId(2), 2));
-        assert_eq!(unstable.take_other(Fingerprint(2), own), other);
-        assert_eq!(unstable.take_other(Fingerprint(2), own), None);
+        assert_eq!(unstable.take_partner(Fingerprint(2), |_| true), other);
+        assert_eq!(unstable.take_partner(Fingerprint(2), |_| true), None);
     }
 
     #[test]
@@ -116,7 +115,8 @@ mod tests {
             let mut unstable = Unstable::default();
             unstable.insert(Fingerprint(1), one, true);
             unstable.leave_out(Fingerprint(1), other);
-            assert_eq!(unstable.take_other(Fingerprint(1), looking), Some(found));
+            let partner = unstable.take_partner(Fingerprint(1), |&page| page != looking);
+            assert_eq!(partner, Some(found));
         }
     }
 

@@ -222,7 +222,7 @@ impl<B: Backing> Scanner<B> {
     }
 
     fn find_partner(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint, plan: &mut Plan) {
-        match self.unstable.take_other(fingerprint, (id, page)) {
+        match self.partner(id, page, fingerprint) {
             Some((partner, partner_page)) => {
                 plan.founding.insert(fingerprint);
                 plan.pairs.push(Pair {
@@ -236,10 +236,38 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
+    /// Another page that is calm, alone, and was of this fingerprint when it was visited.
+    ///
+    /// First the one at this place in a region whose pages were kept lately, by its item: that of
+    /// its neighbour was just looked at, while an entry of the index is somewhere in memory, and
+    /// taking it out takes as long as hashing the page. The entry stays behind, as stale as that of a
+    /// page that was written to.
+    fn partner(
+        &mut self,
+        id: RegionId,
+        page: u32,
+        fingerprint: Fingerprint,
+    ) -> Option<(RegionId, u32)> {
+        let attached = &self.attached;
+        let is_partner = |&(other, other_page): &(RegionId, u32)| {
+            let attached = attached.get(&other);
+            (other, other_page) != (id, page)
+                && attached.is_some_and(|it| it.is_alone(other_page, fingerprint.checksum()))
+        };
+        let mut places = self.kept_by.recent().map(|other| (other, page));
+        places
+            .find(is_partner)
+            .or_else(|| self.unstable.take_partner(fingerprint, is_partner))
+    }
+
     /// Leaves a calm page in the unstable index, for a later one to find.
     pub(crate) fn keep_candidate(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint) {
         let watched = self.pending(id).is_some();
         self.unstable.insert(fingerprint, (id, page), watched);
+        // What else is known of a page holds for one pass only, which its item does not tell.
+        if watched {
+            self.kept_by.note(id);
+        }
         let checksum = fingerprint.checksum();
         self.items(id)
             .set_state(page, PageState::Unshared { checksum });

@@ -232,6 +232,35 @@ mod tests {
     }
 
     #[test]
+    fn no_stable_page_is_founded_with_a_page_that_changed_since() {
+        let (shared, memory) = world(4);
+        let pass = || while shared.batch(u32::MAX).passes == 0 {};
+        let settle = || (0..4).for_each(|_| pass());
+        memory.write(1, 7);
+        settle();
+        memory.write(1, 8);
+        settle();
+        memory.write(2, 7);
+        settle();
+        let stats = shared.stats();
+        assert_eq!(
+            (stats.pages_unshared, stats.pages_shared),
+            (2, 0),
+            "{stats:?}"
+        );
+        // Both can still be found.
+        memory.write(0, 7);
+        memory.write(3, 8);
+        settle();
+        let stats = shared.stats();
+        assert_eq!(
+            (stats.pages_shared, stats.pages_sharing),
+            (2, 2),
+            "{stats:?}"
+        );
+    }
+
+    #[test]
     fn what_is_written_to_a_page_that_is_put_off_is_not_asked_for() {
         let (shared, memory) = world(4);
         let pass = || while shared.batch(u32::MAX).passes == 0 {};
