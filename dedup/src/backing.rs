@@ -9,6 +9,7 @@ pub(crate) mod fake;
 
 use std::io;
 
+use crate::fingerprint::Fingerprint;
 use crate::page::{PageBuf, PageRange, PoolPage};
 
 /// What lies behind a page right now. Pages that no [`PageRange`] names are absent: never touched,
@@ -125,8 +126,8 @@ pub(crate) trait Backing: Send + Sync + 'static {
 
 /// Where stable pages live.
 pub(crate) trait Pool: std::fmt::Debug + Send + Sync + 'static {
-    /// Copies a page out that was filled.
-    fn read(&self, page: PoolPage, into: &mut PageBuf);
+    /// What a page holds that was filled and that nobody shares yet.
+    fn fingerprint(&self, page: PoolPage) -> Fingerprint;
 
     /// Pages that take memory.
     fn allocated_pages(&self) -> io::Result<u64>;

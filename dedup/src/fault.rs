@@ -12,6 +12,7 @@
 //! | `register_again` | registering what was mapped anew in a range that is about to be released |
 //! | `release` | releasing a range as a whole; never page by page, which cannot fail on a page that was protected |
 //! | `pool_write` | getting memory for a pool page |
+//! | `window` | mapping a huge page of the pool to store to it |
 //! | `mremap` | healing a block |
 //! | `bridge`, `bridge_move` | mapping pool pages around pages that are not shared: at once, or once those were copied |
 //! | `put_back` | putting copies in place of pages that were taken away, for which mapping failed |

@@ -8,7 +8,6 @@
 use std::io;
 
 use crate::backing::{Backing, Pool};
-use crate::fingerprint::Fingerprint;
 use crate::group::GAP_PAGES_MAX;
 use crate::huge::block_of;
 use crate::item::PageState;
@@ -158,8 +157,7 @@ impl<B: Backing> Scanner<B> {
         let mut founded: Vec<Founded> = Vec::with_capacity(placed.len());
         for &(pair, pool_page) in placed {
             // What the copy holds is what counts: its guest runs on, and an exit may have freed it.
-            self.pool.read(pool_page, &mut self.scratch);
-            if Fingerprint::of(&self.scratch) == pair.fingerprint {
+            if self.pool.fingerprint(pool_page) == pair.fingerprint {
                 self.stable.insert(pool_page, pair.fingerprint);
                 // Ourselves, until those are mapped who it is for.
                 self.stable.add_sharer(pool_page);

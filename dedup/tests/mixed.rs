@@ -311,7 +311,7 @@ fn what_guests_read_is_what_they_wrote_whatever_the_engine_does() {
 #[cfg(feature = "failpoints")]
 #[test]
 fn what_guests_read_is_what_they_wrote_whatever_fails() {
-    const POINTS: [&str; 11] = [
+    const POINTS: [&str; 12] = [
         "mmap",
         "put_back",
         "disarm",
@@ -320,6 +320,7 @@ fn what_guests_read_is_what_they_wrote_whatever_fails() {
         "madvise",
         "userfaultfd",
         "pool_write",
+        "window",
         "mremap",
         "fallocate",
         "pagemap",

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use super::Content;
 use crate::backing::Pool;
-use crate::page::{PAGE_WORDS, PageBuf, PoolPage};
+use crate::fingerprint::Fingerprint;
+use crate::page::{PAGE_WORDS, PoolPage};
 use crate::sync;
 
 /// The pool of the model: content by pool page, `None` where nothing was written or all punched.
@@ -86,8 +87,8 @@ impl FakePool {
 }
 
 impl Pool for FakePool {
-    fn read(&self, page: PoolPage, into: &mut PageBuf) {
-        *into = [self.content(page).expect("it was filled"); PAGE_WORDS];
+    fn fingerprint(&self, page: PoolPage) -> Fingerprint {
+        Fingerprint::of(&[self.content(page).expect("it was filled"); PAGE_WORDS])
     }
 
     fn allocated_pages(&self) -> io::Result<u64> {

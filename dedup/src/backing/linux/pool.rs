@@ -7,15 +7,16 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::window::Window;
 use super::{check, check_mapped};
 use crate::backing::Pool;
 use crate::fault::may_fail;
+use crate::fingerprint::Fingerprint;
 use crate::item::POOL_PAGES_MAX;
 use crate::mapping::{reserve_aligned, unmap};
 use crate::page::{
     HUGE_PAGE_BYTES, HUGE_PAGE_PAGES, PAGE_SIZE_BYTES, PageBuf, PoolPage, pages_to_bytes,
 };
-use crate::racing::copy_page_out;
 
 /// Runs that are filled with base pages after the kernel had no huge page.
 const HUGE_PAUSE_RUNS: u32 = 64;
@@ -37,7 +38,7 @@ pub(crate) struct LinuxPool {
     until_huge: AtomicU32,
 }
 
-// SAFETY: `view` belongs to this value until drop, and is accessed by volatile loads only.
+// SAFETY: `view` belongs to this value until drop, and is only read.
 unsafe impl Send for LinuxPool {}
 // SAFETY: as for `Send`; pages are filled by the file, before anybody looks at them.
 unsafe impl Sync for LinuxPool {}
@@ -90,9 +91,10 @@ impl LinuxPool {
 
     /// Copies `len_bytes` from `from` to `first` and the pages after it.
     ///
-    /// By the file, not by the view: the kernel then allocates whole runs, fills each page once
-    /// instead of clearing it first, and "no memory" is an error instead of a SIGBUS. It takes half
-    /// the time of populating the view and storing.
+    /// A whole huge page is stored to, once it has memory. Anything else goes by the file: the
+    /// kernel then allocates whole runs, fills each page once instead of clearing it first, and "no
+    /// memory" is an error. It takes half the time of populating a mapping and storing, and where
+    /// there is memory already, twice the time of storing.
     ///
     /// # Safety
     /// The range is mapped. Others may write to it or drop its pages.
@@ -105,13 +107,19 @@ impl LinuxPool {
         may_fail!("pool_write");
         if len_bytes == HUGE_PAGE_BYTES && first.0.is_multiple_of(HUGE_PAGE_PAGES) {
             // SAFETY: as for this call; the range is longer than a page.
-            unsafe { self.allocate_huge_page(first, from)? };
+            let is_huge = unsafe { self.allocate_huge_page(first, from)? };
+            if is_huge && let Ok(mut window) = Window::new(self, first) {
+                // SAFETY: as for this call; what is filled is nobody's yet.
+                unsafe { window.copy_in(from) };
+                return Ok(());
+            }
         }
         // SAFETY: as for this call.
         unsafe { self.write(first, from, len_bytes) }
     }
 
-    /// Puts a huge page where the run from `first` on is about to be filled, if the kernel has one.
+    /// Puts a huge page where the run from `first` on is about to be filled. Returns whether the
+    /// kernel had one.
     ///
     /// It takes half the time of allocating 512 pages, and whoever maps the whole of it has one
     /// entry in the page tables and takes one fault. `MADV_COLLAPSE` works with any setting of
@@ -120,11 +128,11 @@ impl LinuxPool {
     ///
     /// # Safety
     /// As for [`LinuxPool::fill`], of one page.
-    unsafe fn allocate_huge_page(&self, first: PoolPage, from: *const u8) -> io::Result<()> {
+    unsafe fn allocate_huge_page(&self, first: PoolPage, from: *const u8) -> io::Result<bool> {
         let until_huge = self.until_huge.load(Ordering::Relaxed);
         if until_huge > 0 {
             self.until_huge.store(until_huge - 1, Ordering::Relaxed);
-            return Ok(());
+            return Ok(false);
         }
         // SAFETY: as for this call.
         unsafe { self.write(first, from, PAGE_SIZE_BYTES)? };
@@ -136,7 +144,7 @@ impl LinuxPool {
             // for a huge page in vain costs the kernel more than to allocate them.
             self.until_huge.store(HUGE_PAUSE_RUNS, Ordering::Relaxed);
         }
-        Ok(())
+        Ok(advised == 0)
     }
 
     /// Writes `len_bytes` from `from` to `first` and the pages after it.
@@ -169,9 +177,12 @@ impl LinuxPool {
 }
 
 impl Pool for LinuxPool {
-    fn read(&self, page: PoolPage, into: &mut PageBuf) {
-        // SAFETY: a whole, aligned page of the view, which lives as long as this value.
-        unsafe { copy_page_out(self.page_address(page), into) }
+    fn fingerprint(&self, page: PoolPage) -> Fingerprint {
+        let content = self.page_address(page).cast::<PageBuf>();
+        // SAFETY:
+        // - A whole, aligned page of the view, which lives as long as this value; any bytes are one.
+        // - It is the worker's own until it is shared, and never written to from then on.
+        Fingerprint::of(unsafe { &*content })
     }
 
     fn allocated_pages(&self) -> io::Result<u64> {

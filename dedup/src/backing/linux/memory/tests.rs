@@ -1,6 +1,7 @@
 //! No writer is left asleep, whatever fails.
 
 mod bridging;
+mod filling;
 mod parts;
 #[cfg(feature = "failpoints")]
 mod replacing;
