@@ -7,8 +7,10 @@ use std::hash::{BuildHasherDefault, Hasher};
 use crate::fingerprint::Fingerprint;
 use crate::region::RegionId;
 
-/// A map from fingerprints that does not hash them again.
-pub(crate) type FingerprintMap<V> = HashMap<Fingerprint, V, BuildHasherDefault<Unhashed>>;
+/// A map from fingerprints that does not hash them again. Not the standard one, which does not tell
+/// what it allocated.
+pub(crate) type FingerprintMap<V> =
+    hashbrown::HashMap<Fingerprint, V, BuildHasherDefault<Unhashed>>;
 
 /// A set of fingerprints.
 pub(crate) type FingerprintSet = HashSet<Fingerprint, BuildHasherDefault<Unhashed>>;

@@ -13,6 +13,13 @@ const STALE_ENTRIES_MIN: usize = 4096;
 
 type Entries = FingerprintMap<(RegionId, u32)>;
 
+/// Entries that fit into what is allocated, seven in eight places. What the map calls its capacity
+/// leaves out the places of entries that were taken out, until it is rebuilt.
+fn room(entries: &Entries) -> usize {
+    let place_bytes = size_of::<(Fingerprint, (RegionId, u32))>() + 1;
+    entries.allocation_size() / place_bytes / 8 * 7
+}
+
 /// The index.
 #[derive(Debug, Default)]
 pub(crate) struct Unstable {
@@ -25,6 +32,8 @@ pub(crate) struct Unstable {
     left_out: Entries,
     /// Size of `lasting` when it was last freed of stale entries.
     lasting_fresh: usize,
+    /// Entries of `lasting` that are stale for sure.
+    left_behind: usize,
 }
 
 impl Unstable {
@@ -38,6 +47,11 @@ impl Unstable {
             .into_iter()
             .filter_map(|entries| entries.remove(&fingerprint))
             .find(is_partner)
+    }
+
+    /// A page of a watched region has found a partner, and its entry stays.
+    pub(crate) fn leave_behind(&mut self) {
+        self.left_behind += 1;
     }
 
     /// Keeps a page of a watched region that has an equal in the index already.
@@ -63,7 +77,11 @@ impl Unstable {
     /// Ends a pass. `is_valid` tells whether a page is still calm and alone, by its item.
     pub(crate) fn end_pass(&mut self, is_valid: impl Fn(RegionId, u32, u32) -> bool) {
         self.passing.clear();
-        if self.lasting.len() + self.left_out.len() > 2 * self.lasting_fresh + STALE_ENTRIES_MIN {
+        let lasting = self.lasting.len() + self.left_out.len();
+        if lasting > 2 * self.lasting_fresh + STALE_ENTRIES_MIN
+            || self.left_behind > STALE_ENTRIES_MIN.max(lasting / 8)
+        {
+            self.left_behind = 0;
             for entries in [&mut self.lasting, &mut self.left_out] {
                 entries.retain(|fingerprint, &mut (id, page)| {
                     is_valid(id, page, fingerprint.checksum())
@@ -72,9 +90,11 @@ impl Unstable {
             self.lasting_fresh = self.lasting.len() + self.left_out.len();
         }
         for entries in [&mut self.passing, &mut self.lasting, &mut self.left_out] {
-            // Room counts against what is saved; a table as full as this one is not rebuilt soon.
-            if entries.capacity() > 3 * entries.len() + STALE_ENTRIES_MIN {
-                entries.shrink_to(entries.len() + entries.len() / 2);
+            // Room counts against what is saved. Half of it is too little again only once there are
+            // an eighth more.
+            let wanted = entries.len() + entries.len() / 8;
+            if room(entries) > 2 * wanted {
+                entries.shrink_to(wanted);
             }
         }
     }
@@ -85,10 +105,9 @@ impl Unstable {
     }
 
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        let entry_bytes = size_of::<(Fingerprint, (RegionId, u32))>() + 1;
         let entries = [&self.passing, &self.lasting, &self.left_out];
-        let capacity: usize = entries.map(|entries| entries.capacity()).iter().sum();
-        (capacity * entry_bytes) as u64
+        let allocated = entries.map(|entries| entries.allocation_size());
+        allocated.iter().sum::<usize>() as u64
     }
 }
 
@@ -118,6 +137,38 @@ mod tests {
             let partner = unstable.take_partner(Fingerprint(1), |&page| page != looking);
             assert_eq!(partner, Some(found));
         }
+    }
+
+    #[test]
+    fn entries_that_are_left_behind_go_though_the_index_did_not_grow() {
+        let mut unstable = Unstable::default();
+        let pages = 40_000;
+        for page in 0..pages {
+            unstable.insert(Fingerprint(u64::from(page)), (RegionId(1), page), true);
+        }
+        unstable.end_pass(|_, _, _| true);
+        for left_behind in [pages / 2, pages - 1] {
+            (0..pages / 2).for_each(|_| unstable.leave_behind());
+            unstable.end_pass(|_, page, _| page >= left_behind);
+            assert_eq!(unstable.lasting.len(), (pages - left_behind) as usize);
+        }
+    }
+
+    #[test]
+    fn room_of_entries_that_were_taken_out_is_counted_until_it_is_given_back() {
+        const ENTRIES: u64 = 7 << 11;
+        let mut unstable = Unstable::default();
+        let scattered = |number: u64| Fingerprint(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        for number in 0..ENTRIES {
+            unstable.insert(scattered(number), (RegionId(1), 1), true);
+        }
+        let full_bytes = unstable.metadata_bytes();
+        for number in 100..ENTRIES {
+            unstable.take_partner(scattered(number), |_| true);
+        }
+        assert_eq!(unstable.metadata_bytes(), full_bytes);
+        unstable.end_pass(|_, _, _| true);
+        assert!(unstable.metadata_bytes() < full_bytes / 50);
     }
 
     #[test]

@@ -255,9 +255,12 @@ impl<B: Backing> Scanner<B> {
                 && attached.is_some_and(|it| it.is_alone(other_page, fingerprint.checksum()))
         };
         let mut places = self.kept_by.recent().map(|other| (other, page));
-        places
-            .find(is_partner)
-            .or_else(|| self.unstable.take_partner(fingerprint, is_partner))
+        let at_place = places.find(is_partner);
+        match at_place {
+            Some(_) => self.unstable.leave_behind(),
+            None => return self.unstable.take_partner(fingerprint, is_partner),
+        }
+        at_place
     }
 
     /// Leaves a calm page in the unstable index, for a later one to find.
