@@ -175,7 +175,11 @@ impl<B: Backing> Scanner<B> {
         let is_changed = |pair: &&Pair| changed.binary_search(&pair.page).is_ok();
         self.keep_pairs(id, founded.iter().map(|(pair, _)| pair).filter(is_changed));
         self.share_with_partners(inside, &founded);
-        for (_, pool_page) in founded {
+        for (pair, pool_page) in founded {
+            // For a partner that is left to its own visit, and may have left altogether.
+            if let Some(attached) = self.attached(pair.partner) {
+                attached.items.set_hint(pair.partner_page, pool_page);
+            }
             self.stable.drop_sharer(pool_page);
         }
         Ok(())

@@ -121,6 +121,21 @@ impl Item {
         })
     }
 
+    /// The page of the pool that is to be tried first, of a page that lies over none.
+    pub(crate) fn hint(self) -> Option<PoolPage> {
+        let page = self.pool_page();
+        (self.0 & POOL_VMA == 0 && page.0 != 0).then_some(page)
+    }
+
+    /// Takes the place of the page under it, so a page that lies over one keeps none. Nor is the pool's
+    /// first page ever one: its number stands for no hint.
+    pub(crate) fn with_hint(self, page: PoolPage) -> Item {
+        if self.0 & POOL_VMA != 0 {
+            return self;
+        }
+        Item(self.0 & !(POOL_MASK << POOL_SHIFT) | u64::from(page.0) << POOL_SHIFT)
+    }
+
     fn pool_page(self) -> PoolPage {
         PoolPage((self.0 >> POOL_SHIFT & POOL_MASK) as u32)
     }
@@ -176,6 +191,26 @@ mod tests {
                 _ => under,
             };
             prop_assert_eq!(item.pool_page_under(), expected);
+        }
+
+        #[test]
+        fn a_hint_changes_nothing_else_and_goes_with_the_next_mapping(
+            state in state(),
+            under in proptest::option::of((0..POOL_PAGES_MAX).prop_map(PoolPage)),
+            hint in (0..POOL_PAGES_MAX).prop_map(PoolPage),
+            start: bool,
+            backoff: u16,
+        ) {
+            let item = Item::default().with_state(state).with_vma_start(start);
+            let item = item.with_backoff(Backoff::from_bits(backoff));
+            let item = if let PageState::Stable(_) = state { item } else { item.with_pool_page(under) };
+            let hinted = item.with_hint(hint);
+            let may_have = item.pool_page_under().is_none() && hint.0 != 0;
+            prop_assert_eq!(hinted.hint(), may_have.then_some(hint));
+            prop_assert_eq!(hinted.state(), item.state());
+            prop_assert_eq!(hinted.pool_page_under(), item.pool_page_under());
+            prop_assert_eq!((hinted.starts_vma(), hinted.backoff()), (start, item.backoff()));
+            prop_assert_eq!(hinted.with_pool_page(None).hint(), None);
         }
     }
 

@@ -84,6 +84,16 @@ impl Items {
         self.items[page as usize].pool_page_under()
     }
 
+    /// The page of the pool that is to be tried first for a page that lies over none.
+    pub(crate) fn hint(&self, page: u32) -> Option<PoolPage> {
+        self.items[page as usize].hint()
+    }
+
+    pub(crate) fn set_hint(&mut self, page: u32, hint: PoolPage) {
+        let item = &mut self.items[page as usize];
+        *item = item.with_hint(hint);
+    }
+
     /// Whether any page of the range lies in a mapping of the pool.
     pub(crate) fn any_in_pool_vma(&self, range: &PageRange) -> bool {
         self.items[range.start as usize..range.end as usize]

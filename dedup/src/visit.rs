@@ -180,9 +180,9 @@ impl<B: Backing> Scanner<B> {
         self.plan_calm(id, page, read, plan);
     }
 
-    /// The stable page that a page is likely to be equal to: the one after its neighbour's, the one
-    /// that it was mapped to itself before it was written to, or the one at this place in a region
-    /// that shared lately. Only if the page begins like it.
+    /// The stable page that a page is likely to be equal to: the one that was founded with it, the
+    /// one after its neighbour's, the one that it was mapped to itself before it was written to, or the
+    /// one at this place in a region that shared lately. Only if the page begins like it.
     pub(crate) fn guess(
         &self,
         inside: &Entered<'_, B>,
@@ -195,8 +195,12 @@ impl<B: Backing> Scanner<B> {
             .flatten()
             .find(|&&(before, _)| before + 1 == page)
             .map(|&(_, pool_page)| pool_page.plus(1));
-        let places = std::iter::once(inside.region.id()).chain(self.places.recent());
-        next.into_iter()
+        let id = inside.region.id();
+        let founded = (self.attached.get(&id)).and_then(|attached| attached.items.hint(page));
+        let places = std::iter::once(id).chain(self.places.recent());
+        founded
+            .into_iter()
+            .chain(next)
             .chain(places.filter_map(|id| self.pool_page_at(id, page)))
             .filter(|&pool_page| self.stable.sharers_of(pool_page) > 0)
             .find(|&pool_page| inside.backing().may_equal_pool(page, &self.pool, pool_page))

@@ -196,8 +196,11 @@ mod tests {
     use crate::backing::fake::{FakeMemory, FakePool};
     use crate::backoff::Intervals;
     use crate::control::{Control, Pace, Run};
+    use crate::item::PageState;
+    use crate::region::RegionId;
     use crate::scanner::Scanner;
     use crate::shared::Shared;
+    use crate::visit::Plan;
 
     fn world(pages: u32) -> (Shared<Scanner<FakeMemory>>, FakeMemory) {
         let pool = FakePool::default();
@@ -258,6 +261,37 @@ mod tests {
             (2, 2),
             "{stats:?}"
         );
+    }
+
+    #[test]
+    fn a_partner_that_lies_alone_is_merged_by_what_was_founded_with_it() {
+        const PAGES: u32 = 8;
+        let (shared, one) = world(PAGES);
+        let pool = shared.lock_scanner().pool.clone();
+        let other = FakeMemory::new(PAGES, &pool);
+        let founder = shared.register(other.clone(), Some(other.source()));
+        // In the other order, so that no two neighbours have neighbours for partners.
+        for page in 0..PAGES {
+            one.write(page, u64::from(page + 1));
+            other.write(PAGES - 1 - page, u64::from(page + 1));
+        }
+        while shared.stats().pages_shared == 0 {
+            shared.batch(u32::MAX);
+        }
+        let mut scanner = shared.lock_scanner();
+        let id = RegionId(founder.id().0 - 1);
+        let partner = scanner.region(id).expect("it is registered");
+        let inside = partner.enter().expect("it stays");
+        // The pool's first page is never hinted at.
+        for page in 0..PAGES - 1 {
+            assert!(!scanner.items(id).is_merged(page), "{page}");
+            let founded = scanner.items(founder.id()).state(PAGES - 1 - page);
+            let guess = scanner.guess(&inside, page, &Plan::default());
+            assert_eq!(guess.map(PageState::Stable), Some(founded), "{page}");
+        }
+        drop((inside, scanner));
+        shared.batch(u32::MAX);
+        assert_eq!(shared.stats().pages_sharing, u64::from(PAGES));
     }
 
     #[test]
