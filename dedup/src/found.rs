@@ -76,7 +76,7 @@ impl<B: Backing> Scanner<B> {
             report("found stable pages", id, self.found_run(inside, run));
             rest = later;
         }
-        self.revisit_partners(pairs);
+        self.revisit_partners(id, pairs);
     }
 
     /// Puts pages into the holes of the pool that they lie over, which takes no mapping.
@@ -232,11 +232,20 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Partners were taken out of the index; those not merged have to be found again, which a
-    /// watched page is only if it counts as not yet tried.
-    fn revisit_partners(&mut self, pairs: &[Pair]) {
+    /// watched page is only if it counts as not yet tried. Or put back into the index, if the one that
+    /// found it was left out for want of VMAs: they would find each other in each pass, for ever.
+    fn revisit_partners(&mut self, id: RegionId, pairs: &[Pair]) {
         for pair in pairs {
             // A partner's region may have left since.
             if self.pending(pair.partner).is_none() {
+                continue;
+            }
+            let founder = self.items(id).state(pair.page);
+            let is_left_out = matches!(founder, PageState::Unshared { .. })
+                && !self.unstable.knows(pair.fingerprint, (id, pair.page));
+            if is_left_out {
+                let partner = (pair.partner, pair.partner_page);
+                self.unstable.insert(pair.fingerprint, partner, true);
                 continue;
             }
             let items = self.items(pair.partner);

@@ -49,6 +49,12 @@ impl Unstable {
             .find(is_partner)
     }
 
+    /// Whether a page is known by this fingerprint.
+    pub(crate) fn knows(&self, fingerprint: Fingerprint, page: (RegionId, u32)) -> bool {
+        let mut entries = [&self.passing, &self.lasting, &self.left_out].into_iter();
+        entries.any(|entries| entries.get(&fingerprint) == Some(&page))
+    }
+
     /// A page of a watched region has found a partner, and its entry stays.
     pub(crate) fn leave_behind(&mut self) {
         self.left_behind += 1;

@@ -203,8 +203,12 @@ mod tests {
     use crate::visit::Plan;
 
     fn world(pages: u32) -> (Shared<Scanner<FakeMemory>>, FakeMemory) {
+        world_of(pages, 1000)
+    }
+
+    fn world_of(pages: u32, vma_budget: u32) -> (Shared<Scanner<FakeMemory>>, FakeMemory) {
         let pool = FakePool::default();
-        let mut scanner = Scanner::new(pool.clone(), 1000);
+        let mut scanner = Scanner::new(pool.clone(), vma_budget);
         scanner.intervals = Intervals::new(Duration::ZERO, Instant::now());
         let shared = Shared::new(scanner, Control::new(Run::Merge, Pace::default()));
         let memory = FakeMemory::new(pages, &pool);
@@ -261,6 +265,34 @@ mod tests {
             (2, 2),
             "{stats:?}"
         );
+    }
+
+    #[test]
+    fn pages_over_the_vma_budget_are_tried_once() {
+        const PAGES: u32 = 9;
+        // Two regions take two VMAs, and no page here has a neighbour to share one with.
+        let (shared, one) = world_of(PAGES, 2);
+        let pool = shared.lock_scanner().pool.clone();
+        let other = FakeMemory::new(PAGES, &pool);
+        shared.register(other.clone(), Some(other.source()));
+        for page in (1..PAGES).step_by(2) {
+            one.write(page, u64::from(page));
+            other.write(page, u64::from(page));
+        }
+        // Each is one whose pages were kept lately.
+        one.write(0, 100);
+        other.write(0, 200);
+        let scanned = || {
+            (0..20).for_each(|_| while shared.batch(u32::MAX).passes == 0 {});
+            let stats = shared.stats();
+            assert_eq!(
+                (stats.pages_shared, stats.pages_unshared),
+                (0, 10),
+                "{stats:?}"
+            );
+            stats.pages_scanned
+        };
+        assert_eq!(scanned(), scanned());
     }
 
     #[test]

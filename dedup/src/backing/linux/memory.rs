@@ -7,6 +7,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use self::parts::Armed;
 use super::pagemap::Pagemap;
 use super::replace::replace;
 use super::staging::Staging;
@@ -25,8 +26,8 @@ pub(crate) struct LinuxMemory {
     pagemap: Pagemap,
     /// The kernel takes advice for many ranges at once, or was not asked yet.
     takes_many: AtomicBool,
-    /// Whoever comes to a page that is not there, in the range that is protected now, sleeps.
-    armed: AtomicBool,
+    /// Where in the range that is protected now whoever comes to a page that is not there sleeps.
+    armed: Armed,
 }
 
 impl LinuxMemory {
@@ -38,7 +39,7 @@ impl LinuxMemory {
             userfaultfd,
             pagemap: Pagemap::open()?,
             takes_many: AtomicBool::new(true),
-            armed: AtomicBool::new(false),
+            armed: Armed::default(),
         })
     }
 
@@ -214,7 +215,7 @@ impl Backing for LinuxMemory {
     }
 
     fn release(&self, range: PageRange, remapped: bool) {
-        let was_armed = self.disarm(&range);
+        let was_armed = self.disarm();
         if let Err(error) = self.release_at_once(&range, remapped || was_armed) {
             log::error!("cannot release pages {range:?}, going page by page: {error}");
             self.release_each(&range);

@@ -6,8 +6,10 @@
 //! was to be put there, KVM's memory slot names its addresses, and any thread's next mapping may be
 //! given them. Such a call is not an error to report but one to make again, until it succeeds:
 //! memory comes back when a VM ends, for which nobody needs what the worker holds (an exit frees
-//! before it locks). Until then the hole is plugged by a mapping that whoever comes there sleeps at,
-//! guests and devices alike, to be woken by the release of the range's write protection.
+//! before it locks). But a device of the domain that comes there itself sleeps in the event loop,
+//! which the end of each of its VMs needs; memory must come from elsewhere then. Until the call
+//! succeeds the hole is plugged by a mapping that whoever comes there sleeps at, guests and devices
+//! alike, to be woken by the release of the range's write protection.
 //!
 //! Between the failed call and the plug there are a few microseconds. Who touches the hole then gets
 //! a fault: a vCPU's ends its VM, a device's the process.

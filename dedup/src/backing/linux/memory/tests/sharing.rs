@@ -59,8 +59,7 @@ fn parts_are_shared_by_one_call_or_one_by_one() {
         let calls = share_all(&memory, &pool, &parts());
         memory.release(0..PAGES, true);
         let with_batches = memory.takes_many.load(Ordering::Relaxed);
-        // Neighbours are dropped by one call anyway.
-        assert_eq!(calls, if with_batches { 1 } else { 4 });
+        assert_eq!(calls, if with_batches { 1 } else { parts().len() });
         let between = [0, 2, 7, 8, 10, 11, 12, 13, 14];
         assert_eq!(private_pages(&memory), between);
         everything_is_as_before(&memory);
@@ -139,6 +138,7 @@ fn pages_of_a_part_that_was_dropped_half_way_come_back() {
 #[cfg(feature = "failpoints")]
 mod failing {
     use super::*;
+    use crate::mapping::reserve_aligned;
 
     /// Mapping fails for one part after the other, and there is no memory to put pages back at first:
     /// what was done stays, the others have their pages, still protected.
@@ -160,6 +160,82 @@ mod failing {
             write(&memory, PAGES - 1, content(PAGES - 1));
             everything_is_as_before(&memory);
         }
+        scenario.teardown();
+    }
+
+    /// Address space split into as many VMAs as the process may still have, but for some.
+    struct AllVmas(*mut u8, usize);
+
+    impl AllVmas {
+        fn but_for(spare_pairs: usize) -> AllVmas {
+            const PAGE_BYTES: usize = PAGE_SIZE_BYTES;
+            let limit = fs::read_to_string("/proc/sys/vm/max_map_count").expect("this is Linux");
+            let limit: usize = limit.trim().parse().expect("a number");
+            let len_bytes = 2 * limit * PAGE_BYTES;
+            let start = reserve_aligned(len_bytes, PAGE_BYTES, libc::PROT_NONE);
+            let start = start.expect("address space is there");
+            let advise = |from: usize, to: usize, prot: libc::c_int| {
+                let start = start.wrapping_add(from * PAGE_BYTES).cast();
+                // SAFETY: a part of what was reserved just above, which holds nothing.
+                unsafe { libc::mprotect(start, (to - from) * PAGE_BYTES, prot) == 0 }
+            };
+            let odd = (1..2 * limit).step_by(2);
+            let full = odd
+                .clone()
+                .find(|&page| !advise(page, page + 1, libc::PROT_READ));
+            let full = full.expect("there is a limit");
+            // A last one, if there is room for one.
+            advise(full, 2 * limit, libc::PROT_READ);
+            for pair in 0..spare_pairs {
+                assert!(advise(2 * pair + 1, 2 * pair + 2, libc::PROT_NONE));
+            }
+            AllVmas(start, len_bytes)
+        }
+    }
+
+    impl Drop for AllVmas {
+        fn drop(&mut self) {
+            // SAFETY: it was reserved by `but_for`, and nobody else knows it.
+            unsafe { crate::mapping::unmap(self.0, self.1) };
+        }
+    }
+
+    /// With as many VMAs as a process may have, at whichever step it runs out of them, a group is
+    /// released, and everybody goes on with what was there.
+    #[test]
+    fn a_group_is_released_where_there_are_no_vmas_left() {
+        let scenario = fail::FailScenario::setup();
+        let mut outcomes = Vec::new();
+        for spare_pairs in 0..8 {
+            let (memory, pool) = filled();
+            // Neither begins nor ends with a VMA.
+            memory
+                .protect(2..PAGES - 2, false)
+                .expect("it is registered");
+            let last = sleeping_writer(&memory, PAGES - 3);
+            let (tell_done, done) = channel();
+            let (tell_full, full) = channel();
+            let theirs = Arc::clone(&memory);
+            thread::spawn(move || {
+                full.recv().expect("the test tells");
+                let parts = [4..5, 6..7, 9..10].map(|range| (range.clone(), PoolPage(range.start)));
+                let shared = theirs.share(&pool, &parts);
+                theirs.release(2..PAGES - 2, true);
+                tell_done.send(shared.is_ok()).expect("the test waits");
+                pool
+            });
+            let all = AllVmas::but_for(spare_pairs);
+            tell_full.send(()).expect("it waits");
+            let released = done.recv_timeout(LONG);
+            let woken = last.recv_timeout(LONG);
+            drop(all);
+            let shared = released.expect("it is released");
+            outcomes.push(shared);
+            assert_eq!(woken, Ok(PAGES - 3), "{spare_pairs}");
+            write(&memory, PAGES - 3, content(PAGES - 3));
+            everything_is_as_before(&memory);
+        }
+        assert_eq!((outcomes[0], outcomes[7]), (false, true), "{outcomes:?}");
         scenario.teardown();
     }
 
