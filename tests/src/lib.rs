@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`binary`] | the `samepage` binary under test |
 //! | [`cgroup`] | a memory cgroup with a limit |
+//! | [`density`] | the density benchmark, `cargo run --release -p samepage-tests --bin density` |
 //! | [`server`] | a server process that ends with its test |
 //! | [`guest_memory`] | guests' memory, read out of the server for an oracle |
 //! | [`guests`] | VMs in a monitor of the test's own process |
@@ -20,6 +21,7 @@
 
 pub mod binary;
 pub mod cgroup;
+pub mod density;
 pub mod guest_memory;
 pub mod guests;
 pub mod http;

@@ -1,0 +1,8 @@
+//! The density benchmark: how many real guests fit, what they cost, beside kernel KSM and beside no
+//! merging. `docs/density.md` has its method and its results.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`model`] | what a run is and what it found |
+
+pub mod model;
