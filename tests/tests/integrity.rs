@@ -1,6 +1,6 @@
 //! Guests that write into merged pages while the worker merges and unmerges.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use dedup::Run;
 use pageload_workload::Workload;
@@ -9,6 +9,11 @@ use samepage_tests::guests::{
 };
 use samepage_tests::kvm;
 use samepage_tests::wait::wait_until;
+
+/// Times that memory is merged, written to and unmerged.
+const CYCLES: u64 = 10;
+/// Pages that the guests write together in a cycle, from when pages are merged.
+const CYCLE_PAGES: u64 = 1000;
 
 #[test]
 fn guests_that_write_into_merged_pages_at_full_speed_never_read_a_wrong_word() {
@@ -31,32 +36,27 @@ fn guests_that_write_into_merged_pages_at_full_speed_never_read_a_wrong_word() {
         let reports = ids.iter().filter_map(|id| healthy_report(&monitor, id));
         reports.map(|report| report.pages_written).sum()
     };
-    let before = written();
-    let until = Instant::now() + Duration::from_secs(10);
-    let mut cycles = 0;
-    while Instant::now() < until {
+    // Counts cycles and pages instead of seconds: how much a second brings is the host's affair.
+    for cycle in 0..CYCLES {
         wait_until("pages are merged", PATIENCE, || {
             written();
             monitor.engine().stats().pages_sharing > 500
+        });
+        let before = written();
+        wait_until("the guests wrote while pages were merged", PATIENCE, || {
+            written() - before >= CYCLE_PAGES
         });
         monitor
             .engine()
             .set_run(Run::Unmerge)
             .expect("there is memory");
-        assert_eq!(monitor.engine().stats().pages_shared, 0);
+        assert_eq!(monitor.engine().stats().pages_shared, 0, "cycle {cycle}");
         monitor
             .engine()
             .set_run(Run::Merge)
             .expect("merging goes on");
-        cycles += 1;
     }
     wait_verified(&monitor, &ids, 1);
-    assert!(cycles >= 3, "merged and unmerged {cycles} times only");
-    assert!(
-        written() - before > 10_000,
-        "{} pages written only",
-        written() - before
-    );
 }
 
 #[test]
