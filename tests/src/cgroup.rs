@@ -4,15 +4,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
-use crate::wait::wait_until;
+use crate::wait::{PATIENCE, wait_until};
 
 /// Tells the groups of one test program apart.
 static NUMBER: AtomicU32 = AtomicU32::new(0);
-
-/// How long the kernel may take to let go of a group whose processes have ended.
-const LETTING_GO: Duration = Duration::from_secs(20);
 
 /// A group with a limit, removed on drop; its processes must have ended by then.
 #[derive(Debug)]
@@ -102,7 +98,7 @@ impl Drop for MemoryGroup {
             // Left behind rather than a second panic.
             gone();
         } else {
-            wait_until("the group's processes have ended", LETTING_GO, gone);
+            wait_until("the group's processes have ended", PATIENCE, gone);
         }
     }
 }

@@ -1,14 +1,9 @@
 //! VMs in a monitor of the test's own process.
 
-use std::time::Duration;
-
 use pageload_workload::Workload;
 use vmm::{GuestReport, Monitor, VmConfig, VmId, VmState};
 
-use crate::wait::wait_until;
-
-/// Longest that anything of a bare-metal guest may take here.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+use crate::wait::{PATIENCE, wait_until};
 
 /// A monitor whose worker does not pause.
 ///

@@ -3,12 +3,10 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use serde_json::Value;
 
-/// How long a reply may take.
-const REPLY_TIME: Duration = Duration::from_secs(60);
+use crate::wait::PATIENCE;
 
 /// A reply, taken apart only as far as its length is needed.
 #[derive(Debug, Clone)]
@@ -64,10 +62,10 @@ impl Connection {
     pub fn open(socket: &Path) -> Connection {
         let stream = UnixStream::connect(socket).expect("connect to the server");
         stream
-            .set_read_timeout(Some(REPLY_TIME))
+            .set_read_timeout(Some(PATIENCE))
             .expect("read timeout");
         stream
-            .set_write_timeout(Some(REPLY_TIME))
+            .set_write_timeout(Some(PATIENCE))
             .expect("write timeout");
         Connection { stream }
     }

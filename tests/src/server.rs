@@ -3,17 +3,13 @@
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::binary;
 use crate::http::{Connection, Reply};
-use crate::wait::wait_until;
-
-/// How long a server may take to come up or to stop.
-const SERVER_TIME: Duration = Duration::from_secs(30);
+use crate::wait::{PATIENCE, wait_until};
 
 /// A `samepage serve` with a socket in a directory of its own.
 #[derive(Debug)]
@@ -48,7 +44,7 @@ impl Server {
             .spawn()
             .expect("start the server");
         let mut server = Server { child, directory };
-        wait_until("the server answers", SERVER_TIME, || {
+        wait_until("the server answers", PATIENCE, || {
             if let Some(status) = server.child.try_wait().expect("look at the server") {
                 panic!("the server ended: {status}");
             }
@@ -107,7 +103,7 @@ impl Server {
     pub fn stop(&mut self, signal: Signal) -> ExitStatus {
         self.signal(signal);
         let mut ended = None;
-        wait_until("the server ends", SERVER_TIME, || {
+        wait_until("the server ends", PATIENCE, || {
             ended = self.child.try_wait().expect("look at the server");
             ended.is_some()
         });

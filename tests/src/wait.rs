@@ -2,6 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+/// How long a test waits for anything that a healthy machine brings about, however loaded: only a
+/// hang is longer.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
 /// Time between two looks.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 

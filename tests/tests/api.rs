@@ -1,19 +1,16 @@
 //! The REST API, against a real server process.
 
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
 
 use rustix::process::Signal;
 use samepage_tests::kvm;
 use samepage_tests::refusal::assert_refused;
 use samepage_tests::server::Server;
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use serde_json::json;
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
 const STOP: &str = r#"{"action_type": "InstanceStop"}"#;
-/// How long a state may take to show.
-const STATE_TIME: Duration = Duration::from_secs(30);
 
 /// A config of the embedded guest, with or without a merge domain.
 fn pageload(merge_domain: Option<&str>) -> String {
@@ -268,7 +265,7 @@ fn vm_goes_through_its_states() {
     assert_eq!(state(), "Paused");
     server.done("PATCH", "/vms/a/vm", r#"{"state": "Resumed"}"#);
     assert_eq!(state(), "Running");
-    wait_until("the guest reports", STATE_TIME, || {
+    wait_until("the guest reports", PATIENCE, || {
         let vm = server.call("GET", "/vms/a", "").json();
         vm["report"]["pages_written"]
             .as_u64()
@@ -417,7 +414,7 @@ fn clients_that_get_in_each_others_way_leave_nothing_behind() {
     }
     let server = Server::start(&[]);
     // A thread has its maker's name until it has run.
-    wait_until("the server's threads have their names", STATE_TIME, || {
+    wait_until("the server's threads have their names", PATIENCE, || {
         holdings(server.pid()).0 == ["samepage", "stdin"]
     });
     let before = holdings(server.pid());
@@ -434,7 +431,7 @@ fn clients_that_get_in_each_others_way_leave_nothing_behind() {
         server.done("DELETE", &path, "");
     }
     assert_eq!(server.call("GET", "/merge", "").json(), json!({}));
-    wait_until("the server holds no more than before", STATE_TIME, || {
+    wait_until("the server holds no more than before", PATIENCE, || {
         let now = holdings(server.pid());
         // A connection that was just closed may have been counted before.
         now.0 == before.0 && now.1 <= before.1

@@ -1,18 +1,13 @@
 //! Console streams, against a real server process: how many there may be, and when they end.
 
-use std::time::Duration;
-
 use rustix::process::Signal;
 use samepage::console_stream::STREAMS_MAX;
 use samepage_tests::http::Connection;
 use samepage_tests::kvm;
 use samepage_tests::server::Server;
 use samepage_tests::tiny_kernel::{IDLE, KernelFile, SAY_HI_AND_RESET};
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use serde_json::json;
-
-/// How long a state may take to show.
-const STATE_TIME: Duration = Duration::from_secs(30);
 
 fn put_vm(server: &Server, id: &str, kernel: &KernelFile) {
     let config = json!({
@@ -65,7 +60,7 @@ fn as_many_streams_as_there_may_be_hold_up_neither_requests_nor_the_servers_end(
     server.done("PUT", "/vms/talker/actions", start);
     assert_eq!(heard.read_to_end(), b"hi\n");
     drop((heard, streams.pop()));
-    wait_until("a stream that was left has made room", STATE_TIME, || {
+    wait_until("a stream that was left has made room", PATIENCE, || {
         let (status, stream) = ask_for_stream(&server, "idle");
         streams.push(stream);
         status == 101
@@ -109,7 +104,7 @@ fn client_that_does_not_read_does_not_hold_up_the_servers_end() {
     let start = r#"{"action_type": "InstanceStart"}"#;
     server.done("PUT", "/vms/a/actions", start);
     // Each piece, however small, takes a kilobyte of the socket's buffer of some 200.
-    wait_until("much output", STATE_TIME, || {
+    wait_until("much output", PATIENCE, || {
         let history = server.call("GET", "/vms/a/console", "").body;
         history.len() >= 64 << 10
     });

@@ -3,15 +3,11 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use samepage_tests::{binary, kvm};
 use serde_json::Value;
-
-/// How long what a demo leaves behind may take to go.
-const GONE_TIME: Duration = Duration::from_secs(30);
 
 /// A demo whose server has its socket below `directory`.
 fn demo(directory: &Path, arguments: &[&str]) -> Child {
@@ -91,7 +87,7 @@ fn demo_takes_everything_with_it_when_it_is_interrupted() {
         let status = demo.wait().unwrap();
         if signal == Signal::KILL {
             // Nobody is left to wait for the server, which sees its standard input end.
-            wait_until("the server is gone", GONE_TIME, || {
+            wait_until("the server is gone", PATIENCE, || {
                 !is_running(directory_text)
             });
         } else {

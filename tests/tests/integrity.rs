@@ -4,11 +4,9 @@ use std::time::Instant;
 
 use dedup::Run;
 use pageload_workload::Workload;
-use samepage_tests::guests::{
-    PATIENCE, eager_monitor, healthy_report, launch, pageload, wait_verified,
-};
+use samepage_tests::guests::{eager_monitor, healthy_report, launch, pageload, wait_verified};
 use samepage_tests::kvm;
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 
 /// Times that memory is merged, written to and unmerged.
 const CYCLES: u64 = 10;

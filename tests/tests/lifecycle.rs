@@ -2,10 +2,10 @@
 //! process holds.
 
 use pageload_workload::Workload;
-use samepage_tests::guests::{PATIENCE, eager_monitor, launch, pageload, wait_verified};
+use samepage_tests::guests::{eager_monitor, launch, pageload, wait_verified};
 use samepage_tests::kvm;
 use samepage_tests::proc::Holdings;
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use vmm::{Monitor, VmId};
 
 const VMS: usize = 200;

@@ -5,13 +5,11 @@ use std::time::{Duration, Instant};
 use dedup::Run;
 use pageload_workload::{Workload, layout};
 use samepage_tests::cgroup::MemoryGroup;
-use samepage_tests::guests::{
-    PATIENCE, eager_monitor, healthy_report, launch, pageload, wait_verified,
-};
+use samepage_tests::guests::{eager_monitor, healthy_report, launch, pageload, wait_verified};
 use samepage_tests::http::Connection;
 use samepage_tests::kvm;
 use samepage_tests::server::Server;
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use serde_json::{Value, json};
 use vmm::{EndReason, ErrorKind, Monitor, VmId, VmState};
 

@@ -1,7 +1,5 @@
 //! What operators set and ask of merging over the API: pace, advisor, merge now.
 
-use std::time::Duration;
-
 use samepage::domain_name::DomainName;
 use samepage::front_door::FrontDoor;
 use samepage::reply::Reply;
@@ -9,13 +7,10 @@ use samepage::request::Request;
 use samepage_tests::kvm;
 use samepage_tests::refusal::assert_refused;
 use samepage_tests::server::Server;
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use serde_json::{Value, json};
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
-
-/// Time that a guest may take to get to a state.
-const STATE_TIME: Duration = Duration::from_secs(30);
 
 /// A config of the embedded guest, with or without a merge domain.
 fn pageload(merge_domain: Option<&str>) -> String {
@@ -142,7 +137,7 @@ fn the_advisor_and_the_cpu_cap_are_set_live_and_shown() {
     // With something to scan, the advisor says how many pages a batch has.
     server.done("PUT", "/vms/a", &pageload(Some("ci")));
     server.done("PUT", "/vms/a/actions", START);
-    wait_until("the advisor has advised", STATE_TIME, || {
+    wait_until("the advisor has advised", PATIENCE, || {
         domain()["pages_to_scan"] != advised["pages_to_scan"]
             && domain()["worker_cpu_us"].as_u64().unwrap_or(0) > 0
     });
@@ -166,7 +161,7 @@ fn merge_now_replies_when_the_vms_memory_is_merged() {
         let early = server.call("PUT", &format!("{path}/actions"), merge_now);
         assert_eq!(early.status, 400, "it is not started yet");
         server.done("PUT", &format!("{path}/actions"), START);
-        wait_until("the guest verified its memory", STATE_TIME, || {
+        wait_until("the guest verified its memory", PATIENCE, || {
             let report = &server.call("GET", &path, "").json()["report"];
             report["verify_passes"].as_u64().unwrap_or(0) > 0
         });

@@ -1,18 +1,16 @@
 //! The counters that users see, against an oracle that reads the guests' memory itself.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use pageload_workload::{Layout, Workload, expect, layout};
 use samepage_tests::guest_memory::Process;
 use samepage_tests::kvm;
 use samepage_tests::server::Server;
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use serde_json::{Value, json};
 
 const MEM_SIZE_MIB: u64 = 24;
 const VMS: u64 = 3;
-const PATIENCE: Duration = Duration::from_secs(120);
 
 fn workload(number: u64) -> Workload {
     Workload {

@@ -4,11 +4,9 @@ use std::time::{Duration, Instant};
 
 use dedup::Run;
 use pageload_workload::{Layout, Workload};
-use samepage_tests::guests::{
-    PATIENCE, eager_monitor, healthy_report, launch, pageload, wait_verified,
-};
+use samepage_tests::guests::{eager_monitor, healthy_report, launch, pageload, wait_verified};
 use samepage_tests::kvm;
-use samepage_tests::wait::wait_until;
+use samepage_tests::wait::{PATIENCE, wait_until};
 use vmm::{Monitor, VmId};
 
 const GUESTS: u64 = 8;
