@@ -335,7 +335,7 @@ pub(crate) mod tests {
         (budget, told)
     }
 
-    const LONG: Duration = Duration::from_secs(60);
+    const LONG: Duration = Duration::from_secs(120);
 
     proptest! {
         #[test]
@@ -402,6 +402,7 @@ pub(crate) mod tests {
         let theirs = budget.clone();
         let waiter = thread::spawn(move || theirs.reserve(4096, is_cancelled).map(drop));
         while budget.waiting_bytes() == 0 {
+            assert!(!waiter.is_finished(), "it does not wait");
             thread::yield_now();
         }
         waiter
@@ -476,7 +477,7 @@ pub(crate) mod tests {
             theirs.wake();
             told.send((theirs.bytes(), theirs.waiting_bytes()))
         });
-        let figures = figures.recv_timeout(Duration::from_secs(5));
+        let figures = figures.recv_timeout(LONG);
         answer.send(()).unwrap();
         assert!(worker.join().unwrap());
         assert_eq!(figures, Ok((Some(1 << 20), 0)));

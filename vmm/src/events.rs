@@ -222,7 +222,7 @@ mod tests {
         (wake, receiver, Box::new(subscriber))
     }
 
-    const LONG: Duration = Duration::from_secs(20);
+    const LONG: Duration = Duration::from_secs(120);
 
     #[test]
     fn subscribers_are_served_until_they_are_removed() {

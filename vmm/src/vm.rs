@@ -342,7 +342,7 @@ mod tests {
     use crate::console::ConsoleRead;
     use crate::events::EventLoop;
 
-    const LONG: Duration = Duration::from_secs(20);
+    const LONG: Duration = Duration::from_secs(120);
 
     fn never_started() -> Arc<Vm> {
         let config = VmConfig::new("builtin:pageload");

@@ -14,7 +14,7 @@ use crate::shared::Shared;
 use crate::sync;
 
 const PAGES: u32 = 200;
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(120);
 
 /// Counts the pages of the model.
 #[derive(Debug)]

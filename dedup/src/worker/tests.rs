@@ -10,7 +10,7 @@ use crate::scanner::Scanner;
 const PAGES: u32 = 24;
 
 fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !condition() {
         assert!(Instant::now() < deadline, "waited too long until {what}");
         thread::yield_now();

@@ -280,7 +280,7 @@ mod tests {
         let on_end: OnEnd = Arc::new(move |reason| ended.send(reason).unwrap());
         let threads = VcpuThreads::spawn(vcpus, "test", &platform, &on_end).unwrap();
         threads.set(Order::Run);
-        match reasons.recv_timeout(Duration::from_secs(20)) {
+        match reasons.recv_timeout(Duration::from_secs(120)) {
             Ok(EndReason::Error(text)) => assert!(text.contains("device broke"), "{text}"),
             other => panic!("{other:?}"),
         }

@@ -195,7 +195,7 @@ mod tests {
 
     /// Waits until an eventfd was signalled.
     fn wait_for(event: &EventFd) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while event.read().is_err() {
             assert!(Instant::now() < deadline, "no event");
             std::thread::yield_now();

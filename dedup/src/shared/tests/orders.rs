@@ -42,7 +42,7 @@ fn a_second_unmerge_returns_when_nothing_is_merged_even_if_the_first_is_under_wa
         }
     });
     shared.set_run(Run::Unmerge).expect("the model has memory");
-    let merged_pages = merged_pages.recv_timeout(Duration::from_secs(10));
+    let merged_pages = merged_pages.recv_timeout(Duration::from_secs(120));
     assert_eq!(merged_pages, Ok(0));
 }
 

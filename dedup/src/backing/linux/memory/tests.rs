@@ -17,8 +17,8 @@ use super::*;
 use crate::backing::Pool;
 
 const PAGES: u32 = 16;
-/// Longest that a writer may take to fall asleep, or to wake up.
-const LONG: Duration = Duration::from_secs(10);
+/// How long a writer may take to fall asleep, or to wake up: only one that nobody wakes takes longer.
+const LONG: Duration = Duration::from_secs(120);
 
 /// Memory with a content of its own in each page, and a pool with the same in its first pages.
 fn filled() -> (Arc<LinuxMemory>, LinuxPool) {
