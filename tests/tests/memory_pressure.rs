@@ -20,11 +20,10 @@ const VM_MIB: u64 = 32;
 const LIMIT_MIB: u64 = 192;
 /// Runs of the storm in a row, for the test that has the time.
 const STORMS: usize = 20;
-/// Longest that a storm may take, from the first write to the last end.
-const STORM_TIME: Duration = Duration::from_secs(180);
-
-/// Longest that a VM may take to end, whatever the worker waits for.
-const STOP_TIME: Duration = Duration::from_secs(10);
+/// Longest that a storm may take, from the first write to the last end; only a hang is longer.
+const STORM_TIME: Duration = Duration::from_secs(600);
+/// Patience of an unmerge that starves: more than a test waits for anything else.
+const STARVING_TIME: Duration = Duration::from_secs(600);
 
 /// Mostly shared, so that little is left of it when it is merged.
 fn workload(number: u64) -> Workload {
@@ -350,12 +349,10 @@ fn an_unmerge_that_may_have_victims_ends_vms_until_it_fits() {
     let ids = merged(&monitor, 4);
     monitor.set_memory_budget(Some(monitor.memory().use_bytes + 48 * MIB));
     monitor.set_unmerge_victims(true);
-    let begun = Instant::now();
     monitor
         .engine()
         .set_run(Run::Unmerge)
         .expect("it fits in the end");
-    assert!(begun.elapsed() < PATIENCE);
     let stats = monitor.engine().stats();
     assert_eq!((stats.pages_shared, stats.pages_zero), (0, 0), "{stats:?}");
     let alive = survivors(&monitor, &ids);
@@ -364,9 +361,10 @@ fn an_unmerge_that_may_have_victims_ends_vms_until_it_fits() {
 }
 
 /// The seed of the engine's shutdown order: whoever waits for memory holds a lock that the exit
-/// needs, and the exit is what feeds it.
+/// needs, and the exit is what feeds it. An exit that waited for the lock would wait until the
+/// unmerge gives up.
 #[test]
-fn a_vm_ends_at_once_while_an_unmerge_starves_inside_of_it() {
+fn a_vm_ends_while_an_unmerge_starves_inside_of_it() {
     if !kvm::is_present() {
         return;
     }
@@ -374,7 +372,7 @@ fn a_vm_ends_at_once_while_an_unmerge_starves_inside_of_it() {
     let ids = merged(&monitor, 4);
     let engine = monitor.engine();
     monitor.set_memory_budget(Some(monitor.memory().use_bytes + 40 * MIB));
-    engine.set_unmerge_patience(Some(PATIENCE));
+    engine.set_unmerge_patience(Some(STARVING_TIME));
     std::thread::scope(|scope| {
         let unmerge = scope.spawn(|| engine.set_run(Run::Unmerge));
         // The last one first: that is the one the unmerge comes to when memory runs out.
@@ -382,9 +380,9 @@ fn a_vm_ends_at_once_while_an_unmerge_starves_inside_of_it() {
             wait_until("the unmerge starves, or is done", PATIENCE, || {
                 engine.memory_waited_for_bytes() > 0 || unmerge.is_finished()
             });
-            let begun = Instant::now();
+            let deadline = Instant::now() + PATIENCE;
             monitor.stop(id).expect("it stops");
-            assert!(begun.elapsed() < STOP_TIME, "{:?}", begun.elapsed());
+            assert!(Instant::now() < deadline, "it waited for the unmerge");
         }
         let unmerged = unmerge.join().expect("no panic");
         unmerged.expect("what is left fits");
