@@ -217,38 +217,47 @@ fn run_guests(guests: &mut [Guest], engine: &Engine, numbers: &mut Numbers) {
     });
 }
 
+/// What a recount finds that differs from the engine's counters.
+fn differences(guests: &[Guest], engine: &Engine) -> Vec<String> {
+    let stats = engine.stats();
+    let (vma_count, of_regions) = guests.iter().fold((0, 0), |(vma_count, merging), guest| {
+        let of_region = guest.region.stats().pages_merging;
+        (vma_count + vmas(&guest.range()), merging + of_region)
+    });
+    let pool_bytes = engine.process_memory().pool_bytes().expect("fstat");
+    let checks = [
+        (
+            vma_count as u64 <= stats.vmas + guests.len() as u64,
+            format!("{vma_count} VMAs"),
+        ),
+        (
+            of_regions == stats.pages_shared + stats.pages_sharing,
+            format!("{of_regions} pages of regions"),
+        ),
+        (
+            pool_bytes == stats.pool_bytes,
+            format!("{pool_bytes} bytes of the pool"),
+        ),
+    ];
+    let wrong = checks.into_iter().filter(|(is_right, _)| !is_right);
+    wrong
+        .map(|(_, text)| format!("{text}: {stats:?}"))
+        .collect()
+}
+
 fn assert_settles(guests: &[Guest], engine: &Engine) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     assert!(engine.wait_full_scans(6, deadline), "six passes in time");
     let stats = engine.stats();
     assert!(stats.vmas <= u64::from(VMA_BUDGET), "{stats:?}");
-    let real: usize = guests.iter().map(|guest| vmas(&guest.range())).sum();
-    assert!(
-        real as u64 <= stats.vmas + guests.len() as u64,
-        "{real} {stats:?}"
-    );
-    let of_regions: u64 = guests
-        .iter()
-        .map(|guest| guest.region.stats().pages_merging)
-        .sum();
-    assert_eq!(
-        of_regions,
-        stats.pages_shared + stats.pages_sharing,
-        "{stats:?}"
-    );
-    // Read until they agree: the worker may be founding a page between the two. Pages that could
+    // Counted until it agrees: the worker may be merging between two looks, and pages that could
     // not be punched go with a later sweep.
-    let agree = || {
-        let pool_bytes = engine.process_memory().pool_bytes().expect("fstat");
-        pool_bytes == engine.stats().pool_bytes
-    };
-    while !agree() {
-        assert!(
-            engine.wait_full_scans(1, deadline),
-            "{:?} {:?}",
-            engine.process_memory().pool_bytes(),
-            engine.stats()
-        );
+    loop {
+        let found = differences(guests, engine);
+        if found.is_empty() {
+            break;
+        }
+        assert!(engine.wait_full_scans(1, deadline), "{found:?}");
     }
     guests.iter().for_each(Guest::check_all);
 }
