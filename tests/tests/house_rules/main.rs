@@ -9,7 +9,7 @@
 //! | `violation` | one broken rule at one place |
 //! | `mask` | Rust text without its comments and literals |
 //! | `functions` | where the functions of a file are |
-//! | `size`, `unsafety`, `names`, `leftovers`, `manifests`, `documents`, `licences` | the rules |
+//! | `size`, `unsafety`, `names`, `leftovers`, `timing`, `manifests`, `documents`, `licences` | the rules |
 
 mod documents;
 mod functions;
@@ -19,6 +19,7 @@ mod manifests;
 mod mask;
 mod names;
 mod size;
+mod timing;
 mod tree;
 mod unsafety;
 mod violation;
@@ -27,7 +28,7 @@ use tree::SourceFile;
 use violation::{Violation, assert_none};
 
 /// Every rule by its permanent name.
-const RULES: [&str; 19] = [
+const RULES: [&str; 20] = [
     "allowed-licences",
     "behaviour-names",
     "decided-once",
@@ -42,6 +43,7 @@ const RULES: [&str; 19] = [
     "nothing-left-over",
     "one-direction",
     "one-vm-memory",
+    "patient-tests",
     "short-files",
     "short-functions",
     "short-lines",
@@ -127,6 +129,11 @@ fn no_file_names_a_developers_path() {
 #[test]
 fn tests_do_not_sleep() {
     assert_none(&in_all(leftovers::no_sleeping_tests, SourceFile::is_rust));
+}
+
+#[test]
+fn tests_are_patient() {
+    assert_none(&in_all(timing::patient_tests, SourceFile::is_rust));
 }
 
 #[test]
