@@ -20,6 +20,7 @@
 //! | `content` | [`Content`]: the 64-bit words of a page, and their verification |
 //! | `permutation` | [`Permutation`]: a seeded shuffle without a table |
 //! | `layout` | where the pages are in guest memory, and how many there are |
+//! | `histogram` | [`Histogram`]: quantiles of the durations that a guest measures |
 //! | `port` | the I/O ports and registers the guest reports by |
 //! | `oracle` | [`expect`]: the merge counters that a set of workloads must lead to |
 //!
@@ -32,6 +33,7 @@ extern crate std;
 
 mod cmdline;
 mod content;
+mod histogram;
 pub mod layout;
 mod oracle;
 mod permutation;
@@ -42,6 +44,7 @@ mod writes;
 
 pub use cmdline::ParseError;
 pub use content::{Content, Mismatch, WORDS_PER_PAGE};
+pub use histogram::Histogram;
 pub use oracle::{Expected, OracleError, expect};
 pub use permutation::Permutation;
 pub use plan::{PageKind, Plan, RUN_PAGES};
