@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use dedup::{Pace, RegionStats, Run, Stats};
 use serde::{Deserialize, Serialize};
-use vmm::{MemoryInfo, VmInfo, VmState};
+use vmm::{MemoryInfo, VmInfo, VmState, WriteProbe};
 
 /// Reply of `GET /version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +57,8 @@ pub struct Report {
     pub pages_written: u64,
     /// Pages it has verified, over all passes.
     pub verified_pages: u64,
+    /// How long single writes took; null if the guest times none.
+    pub probe: Option<WriteProbe>,
 }
 
 /// Reply of `GET /merge/{domain}`, and a value of `GET /merge`.
@@ -122,6 +124,7 @@ impl From<&VmInfo> for VmDescription {
                 verify_errors: report.verify_errors,
                 pages_written: report.pages_written,
                 verified_pages: report.verified_pages,
+                probe: report.probe,
             }),
         }
     }
@@ -164,6 +167,14 @@ mod tests {
                 serde_json::to_value(VmDescription::from(&info)).unwrap(),
             ),
             ("Report", serde_json::to_value(Report::default()).unwrap()),
+            (
+                "WriteProbe",
+                serde_json::to_value(WriteProbe::default()).unwrap(),
+            ),
+            (
+                "WriteLatency",
+                serde_json::to_value(WriteProbe::default().shared).unwrap(),
+            ),
             (
                 "Memory",
                 serde_json::to_value(MemoryInfo::default()).unwrap(),

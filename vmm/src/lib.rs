@@ -106,6 +106,6 @@ pub use console::{Console, ConsoleRead, ConsoleReader};
 pub use error::{ErrorKind, MonitorError};
 pub use guard::gauge::Limit;
 pub use id::{MergeDomain, VmId};
-pub use info::{GuestReport, MemoryInfo, VmInfo};
+pub use info::{GuestReport, MemoryInfo, VmInfo, WriteLatency, WriteProbe};
 pub use monitor::Monitor;
 pub use state::{EndReason, VmState};

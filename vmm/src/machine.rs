@@ -192,6 +192,7 @@ fn assemble_over(
         smt: machine.smt,
     };
     let vcpus = vcpu::create(&vm, &host.supported_cpuid, topology, entry)?;
+    outside.report.set_tsc_khz(vcpu::tsc_khz(&vcpus));
     let name = outside.id.as_str();
     let vcpus = VcpuThreads::spawn(vcpus, name, &platform, &outside.on_end)?;
     Ok((vcpus, subscribers, platform, vm))

@@ -6,7 +6,7 @@
 //! | 0x60, 0x64 | keyboard controller, interrupt 1; reset | [`i8042`] |
 //! | 0x70, 0x71 | CMOS and real-time clock | [`cmos`] |
 //! | 0x505 | pvpanic | [`pvpanic`] |
-//! | 0x680, 0x684, 0x688, 0x68c | report and sleep of the pageload guest | [`report`] |
+//! | 0x680, 0x684, 0x688, 0x68c, 0x690 | report, sleep and clock of the pageload guest | [`report`] |
 //!
 //! PIC, PIT (with port 0x61), LAPIC and IOAPIC live in KVM. A port without a device reads all ones.
 
@@ -55,6 +55,7 @@ impl Ports {
             i8042::PORT_COMMAND => data.fill(lock(&self.i8042).read_status()),
             cmos::PORT_INDEX | cmos::PORT_DATA => data.fill(lock(&self.cmos).read(port)),
             pvpanic::PORT => data.fill(pvpanic::SUPPORTED),
+            report::PORT_TSC_KHZ => self.report.read(data),
             _ => data.fill(0xff),
         }
     }

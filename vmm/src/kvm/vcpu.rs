@@ -80,6 +80,13 @@ pub(crate) fn create(
     Ok(vcpus)
 }
 
+/// The frequency of the vCPUs' time-stamp counter in kHz; `None` where KVM does not know it, as on
+/// a host whose counter is not stable.
+pub(crate) fn tsc_khz(vcpus: &[VcpuFd]) -> Option<u32> {
+    let tsc_khz = vcpus.first()?.get_tsc_khz();
+    tsc_khz.ok().filter(|&tsc_khz| tsc_khz > 0)
+}
+
 /// The vCPU threads of one VM. They stand still until [`VcpuThreads::set`] says otherwise.
 #[derive(Debug)]
 pub(crate) struct VcpuThreads {

@@ -55,6 +55,8 @@ protection_fault:
     je 1f
     cmp byte ptr [rax], 0xec            # in al, dx
     je 4f
+    cmp byte ptr [rax], 0xed            # in eax, dx
+    je 5f
     cmp byte ptr [rax], 0xee            # out dx, al
     jne 2f
     pop rax
@@ -62,6 +64,9 @@ protection_fault:
     jmp 3f
 4:  pop rax
     in al, dx
+    jmp 3f
+5:  pop rax
+    in eax, dx
     jmp 3f
 1:  pop rax
     out dx, eax
@@ -180,5 +185,5 @@ first_directory:
 kernel_stack_end:
     .skip 16384
 fault_stack_end:
-    .skip 65536
+    .skip 131072                        # three histograms of 15 KiB are built and moved here
 user_stack_end:

@@ -14,9 +14,11 @@
 //! | `boot_params` | memory map and command line from the boot loader | yes |
 //! | `port` | port writes | yes |
 //! | `libc` | the memory functions that compilers call | yes |
+//! | `clock` | the time-stamp counter | yes |
 //! | `memory` | the workload's pages and their mapping | yes |
 //! | `console` | text on COM1 | |
 //! | `report` | the counters shown to the monitor | |
+//! | `probe` | times single writes | |
 //! | `run` | fill, verify, rewrite | |
 //!
 //! # Locks
@@ -28,6 +30,8 @@
 mod boot;
 #[expect(unsafe_code, reason = "reads what the boot loader left in memory")]
 mod boot_params;
+#[expect(unsafe_code, reason = "the time-stamp counter")]
+mod clock;
 mod console;
 #[expect(unsafe_code, reason = "defines symbols that the compiler calls")]
 mod libc;
@@ -35,5 +39,6 @@ mod libc;
 mod memory;
 #[expect(unsafe_code, reason = "port instructions")]
 mod port;
+mod probe;
 mod report;
 mod run;

@@ -1,11 +1,13 @@
 //! The workload's pages, by index, and their mapping beyond the first GiB.
 
 use core::ptr;
+use core::sync::atomic::AtomicU64;
 
 use pageload_workload::layout::{self, PAGE_BYTES, RAM_END_MAX};
 use pageload_workload::{Content, Mismatch};
 
 use crate::boot_params::BootParams;
+use crate::clock::exchange_timed;
 
 const RANGES_MAX: usize = 8;
 const GIB: u64 = 1 << 30;
@@ -70,6 +72,27 @@ impl Memory {
         let words = self.words(page);
         // SAFETY: as in `write`. Volatile: what was written must come back from memory itself.
         content.verify(|index| unsafe { words.wrapping_add(index).read_volatile() })
+    }
+
+    /// Writes a page, of which the first word is the first access to it, and compares what was there
+    /// with `before`. Returns the ticks that the first word took.
+    pub(crate) fn write_timed(
+        &mut self,
+        page: u64,
+        before: Content,
+        after: Content,
+    ) -> (u64, Result<(), Mismatch>) {
+        let words = self.words(page);
+        // SAFETY: the address of a page of RAM that is mapped and owned by `self`, as in `write`.
+        let first = unsafe { AtomicU64::from_ptr(words) };
+        let (found, ticks) = exchange_timed(first, after.word(0));
+        let verified = before.verify(|index| match index {
+            0 => found,
+            // SAFETY: as in `write`.
+            _ => unsafe { words.wrapping_add(index).read_volatile() },
+        });
+        self.write(page, after);
+        (ticks, verified)
     }
 
     fn words(&self, page: u64) -> *mut u64 {

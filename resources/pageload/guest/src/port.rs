@@ -36,6 +36,16 @@ pub(crate) fn in_8(port: u16) -> u8 {
     value
 }
 
+/// Reads 32 bits from a port.
+pub(crate) fn in_32(port: u16) -> u32 {
+    let value: u32;
+    // SAFETY: as in `out_32`; EAX is the only register that changes.
+    unsafe {
+        asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags));
+    }
+    value
+}
+
 /// Asks the monitor to hold this vCPU. One that does not know the port goes on at once.
 pub(crate) fn sleep_us(us: u32) {
     out_32(SLEEP_US, us);

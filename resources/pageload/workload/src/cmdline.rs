@@ -1,7 +1,7 @@
 //! A workload as words of a kernel command line.
 //!
 //! `... pageload seed=7 shared=70 zero=10 private=20 hot_pages=64 layout=runs write=hot
-//! begin=filled writes_per_pass=64 passes=0 pace_ms=1000 ...`; what is left out has its default.
+//! begin=filled writes_per_pass=64 passes=0 pace_ms=1000 probe_us=0 ...`; what is left out has its default.
 
 use core::fmt;
 
@@ -90,6 +90,7 @@ impl Workload {
             "writes_per_pass" => self.writes_per_pass = number(name, value)?,
             "passes" => self.passes = number(name, value)?,
             "pace_ms" => self.pace_ms = number(name, value)?,
+            "probe_us" => self.probe_us = number(name, value)?,
             _ => return Err(ParseError::UnknownOption(name)),
         }
         Ok(())
@@ -211,6 +212,7 @@ impl fmt::Display for Workload {
             writes_per_pass,
             passes,
             pace_ms,
+            probe_us,
             ..
         } = self;
         write!(
@@ -223,7 +225,8 @@ impl fmt::Display for Workload {
         )?;
         write!(
             f,
-            "writes_per_pass={writes_per_pass} passes={passes} pace_ms={pace_ms}"
+            "writes_per_pass={writes_per_pass} passes={passes} pace_ms={pace_ms} \
+             probe_us={probe_us}"
         )
     }
 }
@@ -277,6 +280,14 @@ mod tests {
                 "pageload shared=80",
                 "shared + zero + private: 110 percent, must be 100",
             ),
+            (
+                "pageload probe_us=500",
+                "probe_us: 500 needs write=merged and shared above 0",
+            ),
+            (
+                "pageload probe_us=500 write=merged shared=0 private=90",
+                "probe_us: 500 needs write=merged and shared above 0",
+            ),
         ];
         for (line, message) in cases {
             assert_eq!(Workload::parse(line).unwrap_err().to_string(), message);
@@ -286,7 +297,7 @@ mod tests {
     prop_compose! {
         fn any_workload()(
             seed: u64, shared in 0u8..=100, rest in 0u8..=100, hot_pages: u64, passes: u64,
-            pace_ms: u64, writes_per_pass: u64,
+            pace_ms: u64, writes_per_pass: u64, any_probe_us: u64,
             layout in prop_oneof![Just(Layout::Same), Just(Layout::Runs), Just(Layout::Shuffled)],
             write in prop_oneof![
                 Just(WriteMode::None), Just(WriteMode::Hot), Just(WriteMode::Merged),
@@ -296,9 +307,11 @@ mod tests {
         ) -> Workload {
             let zero = rest % (101 - shared);
             let private = 100 - shared - zero;
+            let can_probe = write == WriteMode::Merged && shared > 0;
+            let probe_us = if can_probe { any_probe_us } else { 0 };
             Workload {
                 seed, shared, zero, private, hot_pages, layout, write, begin, writes_per_pass, passes,
-                pace_ms,
+                pace_ms, probe_us,
             }
         }
     }

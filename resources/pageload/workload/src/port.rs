@@ -11,6 +11,8 @@ pub const REPORT_LOW: u16 = 0x684;
 pub const REPORT_HIGH: u16 = 0x688;
 /// 32-bit: the monitor holds the vCPU for this many microseconds.
 pub const SLEEP_US: u16 = 0x68c;
+/// 32-bit, read: the frequency of the vCPU's time-stamp counter in kHz; all ones if it is not known.
+pub const TSC_KHZ: u16 = 0x690;
 /// 8-bit: the first serial port's data register.
 pub const COM1: u16 = 0x3f8;
 /// 8-bit: its line status register.
@@ -42,6 +44,41 @@ pub enum Register {
     Exception = 5,
     /// Pages verified.
     VerifiedPages = 6,
+    /// Timed writes to pages with shared content.
+    SharedCount = 7,
+    /// Their median in nanoseconds; all quantiles are a [`Histogram`](crate::Histogram)'s.
+    SharedP50 = 8,
+    /// Their 99th percentile.
+    SharedP99 = 9,
+    /// Their 99.9th percentile.
+    SharedP99_9 = 10,
+    /// The longest of them.
+    SharedMax = 11,
+    /// Timed writes to a page that was written the moment before: what a write costs that cannot
+    /// meet the merge engine.
+    ControlCount = 12,
+    /// Their median in nanoseconds.
+    ControlP50 = 13,
+    /// Their 99th percentile.
+    ControlP99 = 14,
+    /// Their 99.9th percentile.
+    ControlP99_9 = 15,
+    /// The longest of them.
+    ControlMax = 16,
+    /// Timed exits: reads of a port, which the monitor serves. One takes about as long as a page fault
+    /// of the host, and can lose its CPU as well, but meets no merge engine.
+    ExitCount = 17,
+    /// Their median in nanoseconds.
+    ExitP50 = 18,
+    /// Their 99th percentile.
+    ExitP99 = 19,
+    /// Their 99.9th percentile.
+    ExitP99_9 = 20,
+    /// The longest of them.
+    ExitMax = 21,
+    /// Windows of timed writes begun so far; commits registers 7 to 21 as the figures of this one,
+    /// so that a reader never sees those of two moments.
+    ProbeWindow = 22,
 }
 
 /// How far the guest is.

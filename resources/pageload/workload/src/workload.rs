@@ -28,6 +28,9 @@ pub struct Workload {
     pub passes: u64,
     /// Pause in milliseconds that a pass is stretched by, spread over its slices; 0 = full speed.
     pub pace_ms: u64,
+    /// Least time in microseconds between two timed writes to pages with shared content; 0 = none is
+    /// timed. Writes come by this clock then, and `writes_per_pass` does not count.
+    pub probe_us: u64,
 }
 
 /// Where the contents that VMs share are, seen from another VM.
@@ -80,6 +83,7 @@ impl Default for Workload {
             writes_per_pass: 64,
             passes: 0,
             pace_ms: 1000,
+            probe_us: 0,
         }
     }
 }
@@ -109,6 +113,32 @@ impl Workload {
         }
     }
 
+    /// Waits for a byte of input, and then times a write to a shared page every `probe_us`
+    /// microseconds, while it verifies at its pace.
+    #[must_use]
+    pub fn prober(seed: u64, probe_us: u64) -> Workload {
+        Workload {
+            seed,
+            write: WriteMode::Merged,
+            begin: Begin::Input,
+            probe_us,
+            ..Workload::default()
+        }
+    }
+
+    /// Keeps its vCPU busy for ever: verifies pages of its own without a pause, and never writes.
+    #[must_use]
+    pub fn busy(seed: u64) -> Workload {
+        Workload {
+            shared: 0,
+            zero: 0,
+            private: 100,
+            hot_pages: 0,
+            pace_ms: 0,
+            ..Workload::quiet(seed)
+        }
+    }
+
     /// Fills and verifies, and never writes again: the counters of [`expect`](crate::expect) are exact.
     #[must_use]
     pub fn quiet(seed: u64) -> Workload {
@@ -123,14 +153,16 @@ impl Workload {
     /// Checks the limits.
     ///
     /// # Errors
-    /// The percentages do not add up to 100.
+    /// The percentages do not add up to 100, or writes are to be timed and there are none.
     pub fn validate(&self) -> Result<(), WorkloadError> {
         let sum = u16::from(self.shared) + u16::from(self.zero) + u16::from(self.private);
-        if sum == 100 {
-            Ok(())
-        } else {
-            Err(WorkloadError::PercentSum(sum))
+        if sum != 100 {
+            return Err(WorkloadError::PercentSum(sum));
         }
+        if self.probe_us > 0 && (self.write != WriteMode::Merged || self.shared == 0) {
+            return Err(WorkloadError::NothingToProbe(self.probe_us));
+        }
+        Ok(())
     }
 }
 
@@ -139,6 +171,8 @@ impl Workload {
 pub enum WorkloadError {
     /// `shared`, `zero` and `private` add up to this and not to 100.
     PercentSum(u16),
+    /// `probe_us` is this, and no page with shared content is ever written.
+    NothingToProbe(u64),
 }
 
 impl fmt::Display for WorkloadError {
@@ -146,6 +180,9 @@ impl fmt::Display for WorkloadError {
         match self {
             WorkloadError::PercentSum(sum) => {
                 write!(f, "shared + zero + private: {sum} percent, must be 100")
+            }
+            WorkloadError::NothingToProbe(us) => {
+                write!(f, "probe_us: {us} needs write=merged and shared above 0")
             }
         }
     }
