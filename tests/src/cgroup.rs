@@ -10,49 +10,141 @@ use crate::wait::{PATIENCE, wait_until};
 /// Tells the groups of one test program apart.
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
+/// The version of a cgroup hierarchy, which its files' names depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// A hierarchy of the memory controller alone (`cgroup-v1/memory.rst`).
+    V1,
+    /// The unified hierarchy (`cgroup-v2.rst`).
+    V2,
+}
+
+/// Where groups can be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hierarchy {
+    /// The group that a new one is made in.
+    pub parent: PathBuf,
+    /// Its version.
+    pub version: Version,
+}
+
 /// A group with a limit, removed on drop; its processes must have ended by then.
 #[derive(Debug)]
 pub struct MemoryGroup {
+    counters: Counters,
+}
+
+/// What the kernel tells of a group. Holds nothing of it, so it may outlive it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counters {
     directory: PathBuf,
-    is_v2: bool,
+    version: Version,
+}
+
+impl Hierarchy {
+    /// Those of this host in which a group can have a memory limit, best first.
+    ///
+    /// # Errors
+    /// If there is none: why, for each.
+    pub fn all() -> Result<Vec<Hierarchy>, String> {
+        let candidates = [
+            ("/sys/fs/cgroup/memory", Version::V1),
+            ("/sys/fs/cgroup", Version::V2),
+        ];
+        let mut usable = Vec::new();
+        let mut reasons = Vec::new();
+        for (parent, version) in candidates {
+            let hierarchy = Hierarchy {
+                parent: PathBuf::from(parent),
+                version,
+            };
+            match hierarchy.has_memory() {
+                Ok(()) => usable.push(hierarchy),
+                Err(error) => reasons.push(format!("{parent}: {error}")),
+            }
+        }
+        if usable.is_empty() {
+            return Err(reasons.join("; "));
+        }
+        Ok(usable)
+    }
+
+    /// Makes sure that groups below have the memory controller.
+    fn has_memory(&self) -> io::Result<()> {
+        if self.version == Version::V1 {
+            return fs::metadata(self.parent.join("memory.limit_in_bytes")).map(drop);
+        }
+        let has = |file: &str| {
+            let text = fs::read_to_string(self.parent.join(file))?;
+            io::Result::Ok(text.split_whitespace().any(|name| name == "memory"))
+        };
+        if !has("cgroup.controllers")? {
+            return Err(io::Error::other("no memory controller"));
+        }
+        if !has("cgroup.subtree_control")? {
+            fs::write(self.parent.join("cgroup.subtree_control"), "+memory")?;
+        }
+        Ok(())
+    }
 }
 
 impl MemoryGroup {
     /// Makes a group with a limit; `None`, with a word of why, where that is not possible.
     pub fn new(limit_bytes: u64) -> Option<MemoryGroup> {
-        let candidates = [
-            (PathBuf::from("/sys/fs/cgroup/memory"), false),
-            (PathBuf::from("/sys/fs/cgroup"), true),
-        ];
-        for (parent, is_v2) in candidates {
-            match MemoryGroup::make(&parent, is_v2, limit_bytes) {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("samepage-test-{}-{number}", std::process::id());
+        let hierarchies = Hierarchy::all()
+            .inspect_err(|reason| eprintln!("no memory cgroup: {reason}"))
+            .unwrap_or_default();
+        for hierarchy in hierarchies {
+            match MemoryGroup::make(&hierarchy, &name, limit_bytes) {
                 Ok(group) => return Some(group),
-                Err(error) => eprintln!("no memory cgroup in {}: {error}", parent.display()),
+                Err(error) => eprintln!("no memory cgroup in {hierarchy:?}: {error}"),
             }
         }
         None
     }
 
-    fn make(parent: &Path, is_v2: bool, limit_bytes: u64) -> io::Result<MemoryGroup> {
-        if is_v2 {
-            let controllers = fs::read_to_string(parent.join("cgroup.controllers"))?;
-            if !controllers.split_whitespace().any(|name| name == "memory") {
-                return Err(io::Error::other("no memory controller"));
-            }
-            fs::write(parent.join("cgroup.subtree_control"), "+memory")?;
-        }
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("samepage-test-{}-{number}", std::process::id());
-        let directory = parent.join(name);
+    /// Makes a group in a hierarchy, with a limit for memory and swap together: memory beyond it is
+    /// not swapped, but refused.
+    ///
+    /// # Errors
+    /// If there is a group of this name, or there must be none.
+    pub fn make(hierarchy: &Hierarchy, name: &str, limit_bytes: u64) -> io::Result<MemoryGroup> {
+        let directory = hierarchy.parent.join(name);
         fs::create_dir(&directory)?;
-        let group = MemoryGroup { directory, is_v2 };
-        let limit = if is_v2 {
-            "memory.max"
-        } else {
-            "memory.limit_in_bytes"
+        let version = hierarchy.version;
+        let group = MemoryGroup {
+            counters: Counters { directory, version },
         };
-        fs::write(group.directory.join(limit), limit_bytes.to_string())?;
+        let limit_text = limit_bytes.to_string();
+        // The first file must be there, the second one is only in a kernel that can swap.
+        let [memory, swap] = match version {
+            Version::V1 => [
+                ("memory.limit_in_bytes", limit_text.as_str()),
+                ("memory.memsw.limit_in_bytes", limit_text.as_str()),
+            ],
+            Version::V2 => [
+                ("memory.max", limit_text.as_str()),
+                ("memory.swap.max", "0"),
+            ],
+        };
+        fs::write(group.directory().join(memory.0), memory.1)?;
+        let swap_file = group.directory().join(swap.0);
+        if swap_file.exists() {
+            fs::write(swap_file, swap.1)?;
+        }
         Ok(group)
+    }
+
+    /// Where it is.
+    pub fn directory(&self) -> &Path {
+        &self.counters.directory
+    }
+
+    /// What the kernel tells of it.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// Moves a process in, with all its threads. What it has taken before stays where it was.
@@ -60,40 +152,107 @@ impl MemoryGroup {
     /// # Panics
     /// If it is gone.
     pub fn adopt(&self, pid: u32) {
-        let procs = self.directory.join("cgroup.procs");
+        let procs = self.directory().join("cgroup.procs");
         fs::write(procs, pid.to_string()).expect("move a process into the group");
+    }
+
+    /// Removes it, if that works now: if its processes have ended, and the kernel is done with them.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn try_remove(&self) -> io::Result<()> {
+        match fs::remove_dir(self.directory()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Counters {
+    /// Counters of a group that somebody else made.
+    pub fn of(directory: &Path, version: Version) -> Counters {
+        Counters {
+            directory: directory.to_owned(),
+            version,
+        }
+    }
+
+    /// Version of the group's hierarchy.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Where the group is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// How many processes the kernel killed here for want of memory.
     ///
-    /// # Panics
-    /// If the kernel does not tell; so for [`MemoryGroup::peak_bytes`].
-    pub fn oom_kills(&self) -> u64 {
-        let file = if self.is_v2 {
-            "memory.events"
-        } else {
-            "memory.oom_control"
+    /// # Errors
+    /// If the kernel does not tell; so for all others.
+    pub fn oom_kills(&self) -> io::Result<u64> {
+        let file = match self.version {
+            Version::V1 => "memory.oom_control",
+            Version::V2 => "memory.events",
         };
-        let text = fs::read_to_string(self.directory.join(file)).expect("counters of the group");
-        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        count.expect("oom_kill").trim().parse().expect("a number")
+        field(&self.text(file)?, "oom_kill")
+            .ok_or_else(|| io::Error::other(format!("{file}: no oom_kill")))
     }
 
     /// The most that was ever in use at once.
-    pub fn peak_bytes(&self) -> u64 {
-        let file = if self.is_v2 {
-            "memory.peak"
-        } else {
-            "memory.max_usage_in_bytes"
-        };
-        let text = fs::read_to_string(self.directory.join(file)).expect("counters of the group");
-        text.trim().parse().expect("a number")
+    ///
+    /// # Errors
+    /// See above.
+    pub fn peak_bytes(&self) -> io::Result<u64> {
+        self.number(match self.version {
+            Version::V1 => "memory.max_usage_in_bytes",
+            Version::V2 => "memory.peak",
+        })
     }
+
+    /// What is in use now, as the limit counts.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn usage_bytes(&self) -> io::Result<u64> {
+        self.number(match self.version {
+            Version::V1 => "memory.usage_in_bytes",
+            Version::V2 => "memory.current",
+        })
+    }
+
+    /// The text of one of its files.
+    ///
+    /// # Errors
+    /// If it cannot be read; the error names the file.
+    pub fn text(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(self.directory.join(file))
+            .map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))
+    }
+
+    /// The number that is all there is in one of its files.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is none.
+    pub fn number(&self, file: &str) -> io::Result<u64> {
+        let text = self.text(file)?;
+        let number = text.trim().parse();
+        number.map_err(|_| io::Error::other(format!("{file}: {text:?} is not a number")))
+    }
+}
+
+/// The number behind a name in a file of lines such as `rss 4096`.
+pub fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(first, _)| *first == name)
+        .and_then(|(_, number)| number.trim().parse().ok())
 }
 
 impl Drop for MemoryGroup {
     fn drop(&mut self) {
-        let gone = || fs::remove_dir(&self.directory).is_ok();
+        let gone = || self.try_remove().is_ok();
         if std::thread::panicking() {
             // Left behind rather than a second panic.
             gone();

@@ -173,11 +173,15 @@ impl Fleet {
         assert!(bytes("use_bytes") < LIMIT_MIB * MIB, "{memory}");
         if let Some(group) = &self.group {
             assert_eq!(memory["limited_by"], "cgroup");
-            assert_eq!(group.oom_kills(), 0, "the kernel was not the one to act");
+            assert_eq!(
+                group.counters().oom_kills().expect("counters"),
+                0,
+                "the kernel was not the one to act"
+            );
             println!(
                 "{} of {VMS} ended; peak {} of {LIMIT_MIB} MiB",
                 ended.len(),
-                group.peak_bytes() / MIB
+                group.counters().peak_bytes().expect("counters") / MIB
             );
         }
         ended.len()
