@@ -3,6 +3,8 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`host`] | settings, cgroup and looks from outside |
 //! | [`model`] | what a run is and what it found |
 
+pub mod host;
 pub mod model;
