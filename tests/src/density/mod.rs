@@ -5,6 +5,8 @@
 //! |---|---|
 //! | [`host`] | settings, cgroup and looks from outside |
 //! | [`model`] | what a run is and what it found |
+//! | [`oracle`] | what an ideal engine would find in the guests' memory |
 
 pub mod host;
 pub mod model;
+pub mod oracle;

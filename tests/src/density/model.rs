@@ -259,6 +259,9 @@ pub struct Oracle {
     pub unique_contents: u64,
     /// Pages whose content another guest has at the same guest page number, zeros left out.
     pub same_place_pages: u64,
+    /// Pages that sharing by place gives back, where one content is kept for each page number: the
+    /// one that most guests have there.
+    pub saved_by_place_pages: u64,
     /// Pages whose content is elsewhere only: in another guest, or again in this one.
     pub elsewhere_pages: u64,
     /// Runs of neighbours that these make: each needs a mapping of its own where sharing is by mapping.
