@@ -1,17 +1,19 @@
 //! The host's part of the density benchmark: what it changes is as before, whatever ends it.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use memmap2::MmapMut;
 use samepage_tests::cgroup::Hierarchy;
 use samepage_tests::density::host::journal::ProcessId;
 use samepage_tests::density::host::left_over::restore_left_over_in;
 use samepage_tests::density::host::setting::Root;
 use samepage_tests::density::host::{
-    Detail, Group, HostError, HostSettings, Restored, Sampler, Setting,
+    Detail, Group, HostError, HostSettings, MmapLockWatch, Restored, Sampler, Setting,
 };
 use samepage_tests::density::model::{Engine, Thp};
 use samepage_tests::wait::wait_until;
@@ -20,6 +22,8 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Directory of the fake host of [`a_run_that_is_killed`].
 const ROOT: &str = "SAMEPAGE_TEST_ROOT";
+/// Set for [`a_process_that_maps`].
+const MAPS: &str = "SAMEPAGE_TEST_MAPS";
 /// What [`a_process_that_takes_memory`] takes.
 const TAKEN: &str = "SAMEPAGE_TEST_TAKEN_BYTES";
 const TAKEN_BYTES: u64 = 64 * MIB;
@@ -248,9 +252,79 @@ fn the_kernel_takes_every_arm_and_a_group_counts_what_its_processes_take() {
     }
     if Hierarchy::all().is_ok() {
         a_group_counts_what_its_processes_take(&mut settings);
+        waits_on_the_mmap_lock_are_seen(&mut settings);
     }
     settings.restore().expect("put back");
     assert_eq!(settings.snapshot().expect("values"), before);
+}
+
+/// Maps and unmaps memory in several threads from the first line of its input to the input's end.
+#[test]
+#[ignore = "a child of another test"]
+fn a_process_that_maps() {
+    if std::env::var_os(MAPS).is_none() {
+        return;
+    }
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).expect("the start");
+    let is_over = AtomicBool::new(false);
+    let maps: u64 = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut maps = 0;
+                    while !is_over.load(Ordering::Relaxed) {
+                        let mut map = MmapMut::map_anon(1 << 20).expect("memory");
+                        map[0] = 1;
+                        maps += 1;
+                    }
+                    maps
+                })
+            })
+            .collect();
+        std::io::stdin().read_line(&mut line).expect("the end");
+        is_over.store(true, Ordering::Relaxed);
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"))
+            .sum()
+    });
+    println!("\nmaps {maps}");
+}
+
+fn waits_on_the_mmap_lock_are_seen(settings: &mut HostSettings) {
+    let group = Group::new(256 * MIB, settings).expect("a group");
+    let mut child = group
+        .command(std::env::current_exe().expect("this program"))
+        .args(["--ignored", "--exact", "a_process_that_maps", "--nocapture"])
+        .env(MAPS, "1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("a child");
+    let output = BufReader::new(child.stdout.take().expect("its output"));
+    let mut lines = output.lines().map(|line| line.expect("text"));
+    // Before that it may still be the shell.
+    assert!(lines.any(|line| line.starts_with("running")));
+    match MmapLockWatch::start(child.id(), &group) {
+        Err(error) => eprintln!("not seen: {error}"),
+        Ok(mut watch) => {
+            let mut input = child.stdin.take().expect("its input");
+            input.write_all(b"go\n").expect("it runs");
+            wait_until("a thread has waited", PATIENCE, || {
+                watch.total().expect("counters").waited_s > 0.0
+            });
+            drop(input);
+            let maps = lines.find_map(|line| line.strip_prefix("maps ").map(str::to_owned));
+            let maps: u64 = maps.expect("a count").parse().expect("a number");
+            let seen = watch.total().expect("counters");
+            // One to map, one to unmap.
+            assert!(seen.write_locks >= 2 * maps, "{maps} maps, {seen:?}");
+            eprintln!("{maps} maps, {seen:?}, {} lost", watch.lost());
+        }
+    }
+    drop(child.stdin.take());
+    child.wait().expect("its end");
 }
 
 #[test]

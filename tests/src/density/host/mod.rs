@@ -11,6 +11,9 @@
 //! | [`group`] | the memory cgroup of a run |
 //! | [`threads`] | CPU and context switches, by thread |
 //! | [`sampler`] | looks at memory and CPU of a server |
+//! | [`mmap_lock`] | waits on the server's mmap lock |
+//! | `tracepoint` | tracepoints of the kernel, counted and sampled |
+//! | `perf_filter` | filters of tracepoints |
 //! | [`machine`] | what the machine is, and how fast its memory is |
 
 pub mod error;
@@ -18,14 +21,22 @@ pub mod group;
 pub mod journal;
 pub mod left_over;
 pub mod machine;
+pub mod mmap_lock;
+#[expect(
+    unsafe_code,
+    reason = "one ioctl that the crate for perf events has no call for"
+)]
+pub(crate) mod perf_filter;
 pub mod sampler;
 pub mod setting;
 pub mod settings;
 pub mod threads;
+pub(crate) mod tracepoint;
 
 pub use error::HostError;
 pub use group::Group;
 pub use left_over::{Restored, restore_left_over};
+pub use mmap_lock::MmapLockWatch;
 pub use sampler::{Detail, Sampler};
 pub use setting::Setting;
 pub use settings::HostSettings;
