@@ -6,7 +6,9 @@
 //! | [`host`] | settings, cgroup and looks from outside |
 //! | [`model`] | what a run is and what it found |
 //! | [`oracle`] | what an ideal engine would find in the guests' memory |
+//! | [`report`] | figures, tables, plots and documents from what runs found |
 
 pub mod host;
 pub mod model;
 pub mod oracle;
+pub mod report;

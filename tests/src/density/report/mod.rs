@@ -1,0 +1,28 @@
+//! What runs of the density benchmark found, for readers: figures, tables and plots.
+//!
+//! Everything here is a function of the report, so that `density --from FILE` gives the same bytes
+//! as the run itself did.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`quantity`] | names, units and directions of all figures |
+//! | [`figures`] | from one run to its figures |
+//! | [`summary`] | from a report to the figures of all engines, side by side |
+//! | [`grid`] | tables, for a terminal and for Markdown |
+//! | [`mod@table`] | what a run prints at its end |
+//! | [`mod@plots`] | the SVG files |
+
+pub mod figures;
+pub mod grid;
+pub mod plots;
+pub mod quantity;
+pub mod summary;
+#[cfg(test)]
+mod synthetic;
+pub mod table;
+#[cfg(test)]
+mod tests;
+
+pub use plots::plots;
+pub use summary::Summary;
+pub use table::table;
