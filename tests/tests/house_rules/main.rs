@@ -53,7 +53,9 @@ const RULES: [&str; 20] = [
 
 /// Text that others wrote, or that a tool writes: not ours to format.
 fn is_ours(file: &SourceFile) -> bool {
-    let foreign_endings = [".lock", ".patch", ".config", ".diff", ".json", ".yaml"];
+    let foreign_endings = [
+        ".lock", ".patch", ".config", ".diff", ".json", ".yaml", ".svg",
+    ];
     file.path != "LICENSE"
         && !foreign_endings
             .iter()

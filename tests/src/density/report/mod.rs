@@ -1,7 +1,8 @@
-//! What runs of the density benchmark found, for readers: figures, tables and plots.
+//! What runs of the density benchmark found, for readers: figures, tables, plots and documents.
 //!
 //! Everything here is a function of the report, so that `density --from FILE` gives the same bytes
-//! as the run itself did.
+//! as the run itself did. Raw samples stay in the report. The repository keeps the figures alone,
+//! in `docs/density/figures.json`, and a test holds the documents to them.
 //!
 //! | module | holds |
 //! |---|---|
@@ -11,9 +12,15 @@
 //! | [`grid`] | tables, for a terminal and for Markdown |
 //! | [`mod@table`] | what a run prints at its end |
 //! | [`mod@plots`] | the SVG files |
+//! | [`mod@document`] | the generated parts of documents |
+//! | [`parts`] | the text of each of these parts |
 
+pub mod document;
+#[cfg(test)]
+mod document_tests;
 pub mod figures;
 pub mod grid;
+pub mod parts;
 pub mod plots;
 pub mod quantity;
 pub mod summary;
@@ -23,6 +30,7 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 
+pub use document::{DocumentError, document, documents};
 pub use plots::plots;
 pub use summary::Summary;
 pub use table::table;
