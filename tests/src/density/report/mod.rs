@@ -10,11 +10,13 @@
 //! | [`figures`] | from one run to its figures |
 //! | [`summary`] | from a report to the figures of all engines, side by side |
 //! | [`grid`] | tables, for a terminal and for Markdown |
+//! | [`agreement`] | whether the benchmark's own numbers add up |
 //! | [`mod@table`] | what a run prints at its end |
 //! | [`mod@plots`] | the SVG files |
 //! | [`mod@document`] | the generated parts of documents |
 //! | [`parts`] | the text of each of these parts |
 
+pub mod agreement;
 pub mod document;
 #[cfg(test)]
 mod document_tests;
@@ -30,6 +32,7 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 
+pub use agreement::disagreements;
 pub use document::{DocumentError, document, documents};
 pub use plots::plots;
 pub use summary::Summary;
