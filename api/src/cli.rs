@@ -1,10 +1,11 @@
 //! The command line's arguments.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vmm::{MergeDomain, VmId};
+
+use crate::vm_args::VmArgs;
 
 /// Run many near-identical microVMs and give the memory they have in common back to the host
 #[derive(Debug, Parser)]
@@ -92,81 +93,6 @@ pub struct ServeArgs {
     /// Also stop when standard input ends, so that a parent process cannot leave a server behind
     #[arg(long)]
     pub stop_on_stdin_end: bool,
-}
-
-/// What a VM consists of: a Firecracker config file, flags, or both (flags win).
-#[derive(Debug, Default, Args)]
-#[command(next_help_heading = "The VM")]
-pub struct VmArgs {
-    /// A Firecracker config file; the flags below change or complete it
-    #[arg(long, alias = "config-file", value_name = "FILE")]
-    pub config: Option<PathBuf>,
-
-    /// Kernel image (ELF vmlinux or bzImage), or `builtin:pageload` for the embedded test guest
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
-
-    /// Initial ramdisk
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-
-    /// Kernel command line; a Linux guest gets `console=ttyS0 reboot=k panic=-1` if neither this
-    /// nor the config file has one
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub boot_args: Option<String>,
-
-    /// Guest memory in MiB [default: 128]
-    #[arg(long, value_name = "MIB")]
-    pub mem_mib: Option<u64>,
-
-    /// Number of vCPUs [default: 1]
-    #[arg(long, value_name = "N")]
-    pub vcpus: Option<u8>,
-
-    /// A disk: a raw image file, read-only with `:ro` at its end; may be repeated
-    ///
-    /// Without --initrd the first one is the root device.
-    #[arg(long = "drive", value_name = "PATH[:ro]")]
-    pub drives: Vec<DriveArg>,
-
-    /// The merge domain; VMs share memory only with those of the same domain
-    #[arg(long, value_name = "NAME")]
-    pub merge_domain: Option<MergeDomain>,
-
-    /// Keep this VM's memory to itself
-    #[arg(long)]
-    pub no_merge: bool,
-
-    /// The lowest is ended first when the merge domain runs out of memory [default: 0]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    pub oom_priority: Option<i32>,
-}
-
-/// `--drive`: a path, and whether the guest may write.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DriveArg {
-    /// The image file.
-    pub path: PathBuf,
-    /// `:ro` was given.
-    pub is_read_only: bool,
-}
-
-impl FromStr for DriveArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<DriveArg, String> {
-        let (path, is_read_only) = match text.strip_suffix(":ro") {
-            Some(path) => (path, true),
-            None => (text, false),
-        };
-        if path.is_empty() {
-            return Err("the path is empty".to_owned());
-        }
-        Ok(DriveArg {
-            path: path.into(),
-            is_read_only,
-        })
-    }
 }
 
 /// Arguments of `run`.
@@ -426,15 +352,6 @@ mod tests {
         );
         assert_eq!(watch("samepage stats --watch=0.5"), (Some(0.5), None));
         parse("samepage stats --watch=0").unwrap_err();
-    }
-
-    #[test]
-    fn drives_may_be_read_only() {
-        let drive: DriveArg = "/a:b.img:ro".parse().unwrap();
-        assert_eq!(drive.path, PathBuf::from("/a:b.img"));
-        assert!(drive.is_read_only);
-        assert!(!"/a.img".parse::<DriveArg>().unwrap().is_read_only);
-        ":ro".parse::<DriveArg>().unwrap_err();
     }
 
     #[test]

@@ -21,7 +21,7 @@
 //! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
-//! | [`vm_args`] | from arguments to a VM's config |
+//! | [`vm_args`] | the arguments that describe a VM, and the config they make |
 //! | [`descriptors`] | the limit of open files |
 //! | [`terminal`], [`table`], [`bytes`] | the user's side: keys in, columns and sizes out |
 //!

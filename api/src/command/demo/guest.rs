@@ -5,11 +5,11 @@ use std::time::Duration;
 use vmm::VmConfig;
 
 use super::{DOMAIN, linux, pageload};
-use crate::cli::{DemoArgs, DemoGuest, VmArgs};
+use crate::cli::{DemoArgs, DemoGuest};
 use crate::client::Client;
 use crate::command::CommandError;
 use crate::model::VmDescription;
-use crate::vm_args;
+use crate::vm_args::{self, VmArgs};
 
 /// The demo's guests.
 #[derive(Debug)]
