@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use dedup::{Pace, RegionStats, Run, Stats};
 use serde::{Deserialize, Serialize};
+use vmm::config::MergeMode;
 use vmm::{MemoryInfo, VmInfo, VmState, WriteProbe};
 
 /// Reply of `GET /version`.
@@ -32,8 +33,8 @@ pub struct VmDescription {
     pub end_message: Option<String>,
     /// The merge domain its config names; null if it shares with nobody.
     pub merge_domain: Option<String>,
-    /// Whether its memory is merged at all.
-    pub merge: bool,
+    /// Who merges its memory.
+    pub merge: MergeMode,
     /// Guest memory.
     pub mem_size_bytes: u64,
     /// Number of vCPUs.
@@ -146,7 +147,7 @@ mod tests {
             id: "a".parse().unwrap(),
             state: VmState::NotStarted,
             merge_domain: None,
-            merge: true,
+            merge: MergeMode::On,
             mem_size_bytes: 1 << 20,
             vcpu_count: 1,
             oom_priority: 0,

@@ -247,6 +247,8 @@ fn make_absolute(path: &mut PathBuf) -> Result<(), VmArgsError> {
 
 #[cfg(test)]
 mod tests {
+    use vmm::config::MergeMode;
+
     use super::*;
 
     fn kernel(path: &str) -> VmArgs {
@@ -283,7 +285,7 @@ mod tests {
         assert_eq!(config.machine_config.mem_size_mib, 64);
         assert_eq!(config.machine_config.vcpu_count, 1);
         assert_eq!(config.samepage.merge_domain.unwrap().to_string(), "ci");
-        assert!(config.samepage.merge);
+        assert_eq!(config.samepage.merge, MergeMode::On);
         let roots: Vec<_> = config
             .drives
             .iter()
@@ -323,7 +325,7 @@ mod tests {
         assert_eq!(config.boot_source.boot_args.as_deref(), Some("quiet"));
         assert_eq!(config.machine_config.mem_size_mib, 512);
         assert_eq!(config.machine_config.vcpu_count, 2);
-        assert!(!config.samepage.merge);
+        assert_eq!(config.samepage.merge, MergeMode::Off);
     }
 
     #[test]

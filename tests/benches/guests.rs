@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use pageload_workload::Workload;
 use samepage_tests::guests::{healthy_report, launch, pageload, wait_verified};
 use serde_json::{Map, Value, json};
+use vmm::config::MergeMode;
 use vmm::{Monitor, VmId};
 
 /// What the command line asks for.
@@ -149,7 +150,7 @@ fn worker_and_vcpus_cpu_s() -> io::Result<(f64, f64)> {
 }
 
 /// Runs the guests for a while, and says what they got done in a second.
-fn measure(case: &Case, merge: bool, window: Duration) -> io::Result<Figures> {
+fn measure(case: &Case, merge: MergeMode, window: Duration) -> io::Result<Figures> {
     let domain = "bench".parse().map_err(io::Error::other)?;
     let monitor = Monitor::new(domain, dedup::Settings::default()).map_err(io::Error::other)?;
     let ids: Vec<VmId> = (0..case.guests)
@@ -227,8 +228,8 @@ fn bench(options: &Options) -> io::Result<()> {
         let (mut on, mut off) = (Vec::new(), Vec::new());
         for round in 0..options.rounds {
             eprintln!("{} round {}/{}", case.name, round + 1, options.rounds);
-            on.push(measure(case, true, options.window)?);
-            off.push(measure(case, false, options.window)?);
+            on.push(measure(case, MergeMode::On, options.window)?);
+            off.push(measure(case, MergeMode::Off, options.window)?);
         }
         cases.insert(case.name.to_owned(), report(case, &on, &off));
     }

@@ -4,6 +4,7 @@ use pageload_workload::Workload;
 use samepage_tests::guests::{eager_monitor, healthy_report, launch, pageload, wait_verified};
 use samepage_tests::kvm;
 use samepage_tests::wait::{PATIENCE, wait_until};
+use vmm::config::MergeMode;
 use vmm::{Monitor, VmId, WriteLatency, WriteProbe};
 
 /// Time between two timed writes of a guest.
@@ -56,7 +57,7 @@ fn guests_that_time_writes_to_merged_pages_report_each_window_and_no_wrong_page(
     let busy: Vec<VmId> = (0..2_u64)
         .map(|seed| {
             let mut config = pageload(&Workload::busy(seed), BUSY_MIB);
-            config.samepage.merge = false;
+            config.samepage.merge = MergeMode::Off;
             launch(&monitor, &format!("busy{seed}"), config)
         })
         .collect();

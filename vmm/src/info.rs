@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::MergeMode;
 use crate::guard::gauge::Limit;
 use crate::id::{MergeDomain, VmId};
 use crate::state::VmState;
@@ -15,8 +16,8 @@ pub struct VmInfo {
     pub state: VmState,
     /// The domain its configuration names.
     pub merge_domain: Option<MergeDomain>,
-    /// Whether its memory is merged.
-    pub merge: bool,
+    /// Who merges its memory.
+    pub merge: MergeMode,
     /// Guest memory in bytes.
     pub mem_size_bytes: u64,
     /// Number of vCPUs.

@@ -7,7 +7,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::bus::MmioBus;
-use crate::config::VmConfig;
+use crate::config::{MergeMode, VmConfig};
 use crate::console::Console;
 use crate::device::Ports;
 use crate::device::cmos::Cmos;
@@ -23,7 +23,7 @@ use crate::kvm::exit::Platform;
 use crate::kvm::gate::Order;
 use crate::kvm::vcpu::{self, OnEnd, VcpuThreads};
 use crate::kvm::{KvmError, vm};
-use crate::memory::ram::Ram;
+use crate::memory::ram::{Merger, Ram};
 use crate::start::{self, StartError};
 
 /// What a machine takes from its monitor.
@@ -77,9 +77,12 @@ impl Machine {
         config: &VmConfig,
         outside: &Outside,
     ) -> Result<Machine, StartError> {
-        let engine = config.samepage.merge.then_some(&*host.engine);
+        let merger = match config.samepage.merge {
+            MergeMode::On => Merger::Engine(&host.engine),
+            MergeMode::Off => Merger::Nobody,
+        };
         let huge_pages = config.machine_config.huge_pages;
-        let ram = Ram::with_pages(config.mem_size_bytes(), huge_pages, engine)?;
+        let ram = Ram::with_pages(config.mem_size_bytes(), huge_pages, merger)?;
         match assemble_over(host, config, outside, &ram) {
             Ok((vcpus, subscribers, platform, vm)) => {
                 ram.log_dirty(&vm);

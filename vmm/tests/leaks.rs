@@ -6,6 +6,7 @@ mod guest;
 use std::time::Instant;
 
 use guest::{Code, Lab, skip};
+use vmm::config::MergeMode;
 
 fn entries(directory: &str) -> usize {
     std::fs::read_dir(directory).expect(directory).count()
@@ -47,7 +48,7 @@ fn twenty_lives_leave_no_thread_descriptor_or_memory_behind() {
     let before_monitor = held();
     let lab = Lab::new();
     let disk = lab.file("disk", &[0; 4096]);
-    for merge in [true, false] {
+    for merge in [MergeMode::On, MergeMode::Off] {
         let before = held();
         for round in 0..20 {
             let code = Code::new().print("up").halt();
@@ -62,7 +63,7 @@ fn twenty_lives_leave_no_thread_descriptor_or_memory_behind() {
             guest::wait_for(&mut lab.console(&vm).subscribe(), "up");
             lab.monitor.stop(&vm).unwrap();
             lab.monitor.delete(&vm).unwrap();
-            settles_at(before, &format!("after round {round}, merge {merge}"));
+            settles_at(before, &format!("after round {round}, merge {merge:?}"));
         }
     }
     // A start that fails leaves nothing either.

@@ -5,10 +5,10 @@ mod guest;
 use std::time::{Duration, Instant};
 
 use guest::{LONG, Lab, skip};
-use vmm::config::HugePages;
+use vmm::config::{HugePages, MergeMode};
 use vmm::{EndReason, GuestReport, VmConfig, VmId};
 
-fn pageload(args: &str, merge: bool) -> VmConfig {
+fn pageload(args: &str, merge: MergeMode) -> VmConfig {
     let mut config = VmConfig::new(vmm::config::BUILTIN_PAGELOAD);
     config.boot_source.boot_args = Some(format!("pageload {args}"));
     config.machine_config.mem_size_mib = 16;
@@ -48,9 +48,9 @@ fn pages_are_merged_under_running_guests_and_stay_what_they_are() {
     engine.set_run(dedup::Run::Merge).unwrap();
     let args = |seed| format!("seed={seed} shared=80 zero=10 private=10 passes=0 pace_ms=5");
     let merged: Vec<VmId> = (0..3)
-        .map(|i| lab.start(&format!("vm{i}"), pageload(&args(i), true)))
+        .map(|i| lab.start(&format!("vm{i}"), pageload(&args(i), MergeMode::On)))
         .collect();
-    let alone = lab.start("alone", pageload(&args(9), false));
+    let alone = lab.start("alone", pageload(&args(9), MergeMode::Off));
     let merging = |vm: &VmId| lab.monitor.merge_stats(vm).unwrap().pages_merging;
     wait_until("all are merged", || {
         merged.iter().all(|vm| merging(vm) > 1000)
@@ -86,7 +86,7 @@ fn huge_pages_are_merged_under_running_guests_too() {
     let vms: Vec<VmId> = (0..2)
         .map(|seed| {
             let args = format!("seed={seed} shared=80 zero=10 private=10 passes=0 pace_ms=5");
-            let mut config = pageload(&args, true);
+            let mut config = pageload(&args, MergeMode::On);
             config.machine_config.huge_pages = HugePages::Transparent;
             lab.start(&format!("huge{seed}"), config)
         })

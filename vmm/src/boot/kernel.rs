@@ -206,7 +206,7 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::ram::Ram;
+    use crate::memory::ram::{Merger, Ram};
     use proptest::prelude::*;
     use std::io::Cursor;
     use vm_memory::Bytes;
@@ -214,7 +214,7 @@ mod tests {
     const MEM_SIZE_BYTES: u64 = 4 << 20;
 
     fn loaded(image: &[u8]) -> Result<Kernel, KernelError> {
-        let ram = Ram::new(MEM_SIZE_BYTES, None).unwrap();
+        let ram = Ram::new(MEM_SIZE_BYTES, Merger::Nobody).unwrap();
         let kernel = load(ram.memory(), MEM_SIZE_BYTES, &mut Cursor::new(image));
         ram.release().unwrap();
         kernel
@@ -241,7 +241,7 @@ mod tests {
 
     #[test]
     fn an_elf_kernel_is_put_where_it_says() {
-        let ram = Ram::new(MEM_SIZE_BYTES, None).unwrap();
+        let ram = Ram::new(MEM_SIZE_BYTES, Merger::Nobody).unwrap();
         let image = elf(0x10_0004, HIMEM_ADDRESS, 0x2000);
         let kernel = load(ram.memory(), MEM_SIZE_BYTES, &mut Cursor::new(&image)).unwrap();
         assert_eq!((kernel.entry, kernel.end), (0x10_0004, 0x10_2000));

@@ -133,13 +133,13 @@ pub(crate) fn write_tables(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::ram::Ram;
+    use crate::memory::ram::{Merger, Ram};
     use std::io::Cursor;
 
     const MEM_SIZE_BYTES: u64 = 4 << 20;
 
     fn placed(size: usize, kernel_end: u64) -> Result<Initrd, BootError> {
-        let ram = Ram::new(MEM_SIZE_BYTES, None).unwrap();
+        let ram = Ram::new(MEM_SIZE_BYTES, Merger::Nobody).unwrap();
         let kernel = kernel::Kernel {
             entry: HIMEM_ADDRESS,
             end: kernel_end,

@@ -62,7 +62,7 @@ pub(crate) fn write_gdt(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::ram::Ram;
+    use crate::memory::ram::{Merger, Ram};
 
     /// Walks the tables as a CPU would.
     fn translate(memory: &GuestMemory, address: u64) -> u64 {
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn the_first_four_gib_are_mapped_to_themselves() {
-        let ram = Ram::new(1 << 20, None).unwrap();
+        let ram = Ram::new(1 << 20, Merger::Nobody).unwrap();
         write_page_tables(ram.memory()).unwrap();
         for address in [0, 0x12_3456, 0x4000_0000, 0xffff_ffff] {
             assert_eq!(translate(ram.memory(), address), address);

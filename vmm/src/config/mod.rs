@@ -7,6 +7,7 @@
 
 mod drive;
 mod machine;
+mod merge_mode;
 mod unsupported;
 mod validate;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use drive::{CacheType, Drive, IoEngine};
 pub use machine::{HugePages, MEM_SIZE_MIB_MAX, MachineConfig, VCPU_COUNT_MAX};
+pub use merge_mode::MergeMode;
 pub use unsupported::Unsupported;
 pub use validate::ConfigError;
 
@@ -138,31 +140,17 @@ impl BootSource {
 }
 
 /// What is Samepage's own: the key `samepage`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SamepageConfig {
     /// VMs that name the same domain may share pages; a VM that names none shares with nobody.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge_domain: Option<MergeDomain>,
-    /// Whether this VM's memory is merged at all.
-    #[serde(default = "merge_by_default")]
-    pub merge: bool,
+    /// Who merges this VM's memory.
+    #[serde(default)]
+    pub merge: MergeMode,
     /// Which VM is to go first when memory runs out: the lowest. Kept and shown; nothing acts on it
     /// yet.
     #[serde(default)]
     pub oom_priority: i32,
-}
-
-fn merge_by_default() -> bool {
-    true
-}
-
-impl Default for SamepageConfig {
-    fn default() -> SamepageConfig {
-        SamepageConfig {
-            merge_domain: None,
-            merge: merge_by_default(),
-            oom_priority: 0,
-        }
-    }
 }

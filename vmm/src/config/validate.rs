@@ -173,6 +173,7 @@ impl VmConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MergeMode;
     use crate::virtio::Slot;
 
     fn parse(json: &str) -> VmConfig {
@@ -200,7 +201,7 @@ mod tests {
         );
         config.validate().unwrap();
         assert_eq!(config.mem_size_bytes(), 1 << 30);
-        assert!(config.samepage.merge);
+        assert_eq!(config.samepage.merge, MergeMode::On);
     }
 
     #[test]

@@ -229,7 +229,7 @@ mod tests {
     use crate::device::irq::IrqLine;
     use crate::device::{Ports, cmos::Cmos, i8042::I8042, serial::SerialPort};
     use crate::machine::Host;
-    use crate::memory::ram::Ram;
+    use crate::memory::ram::{Merger, Ram};
     use std::sync::{Mutex, mpsc};
     use std::time::Duration;
     use vm_memory::{Bytes, GuestAddress};
@@ -268,7 +268,7 @@ mod tests {
         }
         let (kvm, cpuid) =
             Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
-        let ram = Ram::new(2 << 20, None).unwrap();
+        let ram = Ram::new(2 << 20, Merger::Nobody).unwrap();
         tables::write_page_tables(ram.memory()).unwrap();
         tables::write_gdt(ram.memory()).unwrap();
         // mov $0xd0000000, %edi; mov (%rdi), %eax

@@ -122,7 +122,7 @@ mod tests {
     use super::*;
     use crate::kvm::vm;
     use crate::machine::Host;
-    use crate::memory::ram::Ram;
+    use crate::memory::ram::{Merger, Ram};
     use kvm_ioctls::VcpuExit;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -133,7 +133,7 @@ mod tests {
         }
         let (kvm, _) =
             Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
-        let ram = Ram::new(1 << 20, None).unwrap();
+        let ram = Ram::new(1 << 20, Merger::Nobody).unwrap();
         let vm = vm::create(&kvm, ram.memory(), true).unwrap();
         Some((Arc::new(vm), ram))
     }

@@ -34,6 +34,15 @@ pub enum RamError {
     Guest(String),
 }
 
+/// Who is to merge a VM's memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Merger<'a> {
+    /// Nobody.
+    Nobody,
+    /// The merge engine.
+    Engine(&'a Engine),
+}
+
 /// Who owns the mapping.
 #[derive(Debug)]
 enum Backing {
@@ -63,16 +72,16 @@ pub(crate) struct StillInUse;
 impl Ram {
     /// Guest memory in base pages.
     #[cfg(test)]
-    pub(crate) fn new(size_bytes: u64, engine: Option<&Engine>) -> Result<Ram, RamError> {
-        Ram::with_pages(size_bytes, HugePages::None, engine)
+    pub(crate) fn new(size_bytes: u64, merger: Merger<'_>) -> Result<Ram, RamError> {
+        Ram::with_pages(size_bytes, HugePages::None, merger)
     }
 
-    /// Maps `size_bytes` of guest memory in pages of the size that the configuration asks for; with
-    /// an engine, the memory is merged from now on.
+    /// Maps `size_bytes` of guest memory in pages of the size that the configuration asks for.
+    /// `merger` merges it from now on.
     pub(crate) fn with_pages(
         size_bytes: u64,
         huge_pages: HugePages,
-        engine: Option<&Engine>,
+        merger: Merger<'_>,
     ) -> Result<Ram, RamError> {
         let size =
             usize::try_from(size_bytes).map_err(|error| RamError::Guest(error.to_string()))?;
@@ -82,8 +91,8 @@ impl Ram {
         };
         let mapping = mapping.map_err(|error| RamError::Map { size_bytes, error })?;
         let memory = guest_memory(&mapping)?;
-        let (backing, dirty_log) = match engine {
-            Some(engine) => {
+        let (backing, dirty_log) = match merger {
+            Merger::Engine(engine) => {
                 let (log, source) = DirtyLog::new(&memory);
                 let region = engine.register_watched(mapping, source);
                 (
@@ -91,7 +100,7 @@ impl Ram {
                     Some(log),
                 )
             }
-            None => (Backing::Private(mapping), None),
+            Merger::Nobody => (Backing::Private(mapping), None),
         };
         let probes = memory
             .iter()
@@ -212,7 +221,7 @@ mod tests {
 
     #[test]
     fn memory_beyond_the_hole_is_one_mapping_in_two_ranges() {
-        let ram = Ram::new(MMIO_HOLE_START + (1 << 20), None).unwrap();
+        let ram = Ram::new(MMIO_HOLE_START + (1 << 20), Merger::Nobody).unwrap();
         let memory = ram.memory();
         assert_eq!(memory.num_regions(), 2);
         memory
@@ -236,7 +245,7 @@ mod tests {
 
     #[test]
     fn release_notices_a_clone_that_was_left_behind() {
-        let ram = Ram::new(1 << 20, None).unwrap();
+        let ram = Ram::new(1 << 20, Merger::Nobody).unwrap();
         let left = ram.memory().clone();
         assert_eq!(ram.release(), Err(StillInUse));
         left.write_obj(1_u8, GuestAddress(0)).unwrap();

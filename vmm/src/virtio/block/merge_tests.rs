@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::disk::Disk;
 use super::segments::Segments;
-use crate::memory::ram::Ram;
+use crate::memory::ram::{Merger, Ram};
 use crate::virtio::fuzzing;
 
 const PAGES: usize = 256;
@@ -51,7 +51,7 @@ fn pages_read_from_disk_are_the_guests_own_while_the_engine_merges_them() {
         ..Settings::default()
     };
     let engine = Engine::new(&settings).unwrap();
-    let rams = [0, 1].map(|_| Ram::new((PAGES * PAGE) as u64, Some(&engine)).unwrap());
+    let rams = [0, 1].map(|_| Ram::new((PAGES * PAGE) as u64, Merger::Engine(&engine)).unwrap());
     let (_file, mut disk) = disk();
     let mut versions = [[0_u8; PAGES]; 2];
     let start = Instant::now();
