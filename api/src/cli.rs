@@ -160,7 +160,8 @@ pub struct IdArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Scans all of the VM's memory at once, without waiting for pages to have rested, and returns when
-that is done. For a VM that has just booted, or is about to be paused.
+that is done. For a VM that has just booted, or is about to be paused. Refused for one that kernel
+KSM merges, which nobody can ask to do it now.
 
 Examples:
   samepage merge web1
@@ -213,7 +214,8 @@ pub struct ConsoleArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Counters have the names and meanings of Linux's /sys/kernel/mm/ksm; `saved` is net of what the
-sharing itself costs (shared pages, page tables' mappings, records).
+sharing itself costs (shared pages, page tables' mappings, records). A VM that kernel KSM merges
+(--merge ksm) is all zeros there; what the kernel tells of it is in columns of its own.
 
 Examples:
   samepage stats

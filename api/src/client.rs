@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dedup::{MergedNow, RegionStats};
+use dedup::MergedNow;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::fault::FaultBody;
-use crate::model::{Domain, Version, VmDescription};
+use crate::model::{Domain, Version, VmDescription, VmMerge};
 use crate::reply::CONSOLE_PROTOCOL;
 use crate::request::{ActionBody, ActionType, DesiredState, MergePatch, StateBody};
 
@@ -138,7 +138,7 @@ impl Client {
     }
 
     /// `GET /vms/{id}/merge`
-    pub async fn vm_merge(&self, id: &str) -> Result<RegionStats, ClientError> {
+    pub async fn vm_merge(&self, id: &str) -> Result<VmMerge, ClientError> {
         self.get(&format!("/vms/{id}/merge")).await
     }
 

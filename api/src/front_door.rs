@@ -23,6 +23,7 @@ use vmm::{Console, ErrorKind, MergeDomain, Monitor, MonitorError, VmId};
 
 use crate::domain_name::DomainName;
 use crate::fault::Fault;
+use crate::merge_report;
 use crate::model::{Domain, Version, VmDescription};
 use crate::reply::Reply;
 use crate::request::{ActionType, DesiredState, MergePatch, Request};
@@ -93,13 +94,12 @@ impl FrontDoor {
             }
             Request::DescribeVmMerge(id) => {
                 let monitor = self.monitor_of(&id)?;
-                let stats = monitor.merge_stats(&id).map_err(|e| refusal(&e))?;
-                Reply::json(&stats)
+                Reply::json(&merge_report::vm(&monitor, &id).map_err(|e| refusal(&e))?)
             }
             Request::VmConsole(id) => Ok(Reply::Text(self.console(&id)?.history())),
             Request::ListDomains => Reply::json(&self.list_domains()),
             Request::DescribeDomain(name) => {
-                Reply::json(&describe_domain(&*self.monitor_for(&name)?))
+                Reply::json(&merge_report::domain(&*self.monitor_for(&name)?))
             }
             Request::PatchDomain(name, patch) => self.patch_domain(&name, &patch),
         }
@@ -228,10 +228,7 @@ impl FrontDoor {
 
     fn list_domains(&self) -> BTreeMap<String, Domain> {
         let monitors = self.monitors();
-        monitors
-            .iter()
-            .map(|(name, monitor)| (name.to_string(), describe_domain(monitor)))
-            .collect()
+        merge_report::domains(monitors.iter().map(|(name, monitor)| (name, &**monitor)))
     }
 
     fn patch_domain(&self, name: &DomainName, patch: &MergePatch) -> Result<Reply, Fault> {
@@ -330,26 +327,6 @@ impl Roster {
         };
         self.domains.insert(name.clone(), residence);
         Ok(monitor)
-    }
-}
-
-fn describe_domain(monitor: &Monitor) -> Domain {
-    let engine = monitor.engine();
-    let vms = monitor
-        .list()
-        .into_iter()
-        // A VM that was deleted since the list was made is left out.
-        .filter_map(|info| {
-            let stats = monitor.merge_stats(&info.id).ok()?;
-            Some((info.id.to_string(), stats))
-        })
-        .collect();
-    Domain {
-        run: engine.run(),
-        pace: engine.pace(),
-        stats: engine.stats(),
-        memory: monitor.memory(),
-        vms,
     }
 }
 

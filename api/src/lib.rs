@@ -16,6 +16,7 @@
 //! | [`route`], [`request`] | method, path and body to a [`request::Request`]; pure |
 //! | [`domain_name`] | how paths and replies name a merge domain |
 //! | [`front_door`] | which monitor serves which VM, and what each request does there |
+//! | [`merge_report`] | what is told of merging, by the engine and by kernel KSM |
 //! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
 //! | [`server`], [`socket`], [`console_stream`] | the unix socket and HTTP on it |
 //! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
@@ -46,6 +47,7 @@ pub mod domain_name;
 pub mod fault;
 pub mod front_door;
 pub mod http10;
+pub mod merge_report;
 pub mod model;
 pub mod reply;
 pub mod request;

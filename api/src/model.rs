@@ -1,13 +1,14 @@
 //! The JSON bodies of the API's replies, for the server and its clients alike.
 //!
-//! The merge engine's counters go over the wire as it defines them: [`Stats`], [`RegionStats`].
+//! Counters go over the wire as they are defined: the merge engine's [`Stats`] and [`RegionStats`],
+//! and [`KsmProcess`].
 
 use std::collections::BTreeMap;
 
 use dedup::{Pace, RegionStats, Run, Stats};
 use serde::{Deserialize, Serialize};
 use vmm::config::MergeMode;
-use vmm::{MemoryInfo, VmInfo, VmState, WriteProbe};
+use vmm::{KsmProcess, MemoryInfo, VmInfo, VmState, WriteProbe};
 
 /// Reply of `GET /version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,8 +76,40 @@ pub struct Domain {
     pub stats: Stats,
     /// Its memory: limits, use, and what it could come to.
     pub memory: MemoryInfo,
+    /// What kernel KSM tells of it; null if that merges no VM of it now.
+    pub ksm: Option<DomainKsm>,
     /// Each VM's part, by id.
-    pub vms: BTreeMap<String, RegionStats>,
+    pub vms: BTreeMap<String, VmMerge>,
+}
+
+/// What kernel KSM tells of a domain.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainKsm {
+    /// What it does for all of the host, `/sys/kernel/mm/ksm/run`; null if that cannot be told.
+    pub run: Option<Run>,
+    /// Pages of the domain's VMs that are mapped to a page of KSM; null if the kernel does not tell.
+    pub pages_merging: Option<u64>,
+    /// Its figures for the server: all of its domains together.
+    pub process: Option<KsmProcess>,
+}
+
+/// Reply of `GET /vms/{id}/merge`, and of each VM in a [`Domain`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmMerge {
+    /// The engine's counters.
+    #[serde(flatten)]
+    pub stats: RegionStats,
+    /// What kernel KSM tells of it; null if that does not merge it now.
+    pub ksm: Option<VmKsm>,
+}
+
+/// What kernel KSM tells of a VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmKsm {
+    /// What it does for all of the host, `/sys/kernel/mm/ksm/run`; null if that cannot be told.
+    pub run: Option<Run>,
+    /// Pages of the VM that are mapped to a page of KSM; null if the kernel does not tell.
+    pub pages_merging: Option<u64>,
 }
 
 /// Samepage's version, as every reply that carries one says it.
@@ -158,7 +191,8 @@ mod tests {
             pace: Pace::default(),
             stats: Stats::default(),
             memory: MemoryInfo::default(),
-            vms: BTreeMap::new(),
+            ksm: Some(DomainKsm::default()),
+            vms: BTreeMap::from([("a".to_owned(), VmMerge::default())]),
         };
         let document: serde_json::Value = serde_json::from_str(crate::OPENAPI_JSON).unwrap();
         let schemas = &document["components"]["schemas"];
@@ -181,9 +215,15 @@ mod tests {
                 serde_json::to_value(MemoryInfo::default()).unwrap(),
             ),
             ("Domain", serde_json::to_value(&domain).unwrap()),
+            ("VmMerge", serde_json::to_value(VmMerge::default()).unwrap()),
+            ("VmKsm", serde_json::to_value(VmKsm::default()).unwrap()),
             (
-                "VmMerge",
-                serde_json::to_value(RegionStats::default()).unwrap(),
+                "DomainKsm",
+                serde_json::to_value(DomainKsm::default()).unwrap(),
+            ),
+            (
+                "KsmProcess",
+                serde_json::to_value(KsmProcess::default()).unwrap(),
             ),
             (
                 "MergedNow",

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
-use vmm::config::BUILTIN_PAGELOAD;
+use vmm::config::{BUILTIN_PAGELOAD, MergeMode};
 use vmm::{MergeDomain, VmConfig};
 
 /// What a VM consists of: a Firecracker config file, flags, or both (flags win).
@@ -47,13 +47,39 @@ pub struct VmArgs {
     #[arg(long, value_name = "NAME")]
     pub merge_domain: Option<MergeDomain>,
 
-    /// Keep this VM's memory to itself
-    #[arg(long)]
+    /// Who merges this VM's memory [default: on]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub merge: Option<MergeArg>,
+
+    /// The same as --merge off
+    #[arg(long, conflicts_with = "merge")]
     pub no_merge: bool,
 
     /// The lowest is ended first when the merge domain runs out of memory [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub oom_priority: Option<i32>,
+}
+
+/// `--merge`: who merges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MergeArg {
+    /// Samepage, with the VMs of its merge domain
+    On,
+    /// Nobody: the VM keeps its memory to itself
+    Off,
+    /// Kernel KSM, with all mergeable memory of the host: it gives up the border between merge
+    /// domains, and so between tenants. It must be switched on (/sys/kernel/mm/ksm/run)
+    Ksm,
+}
+
+impl From<MergeArg> for MergeMode {
+    fn from(arg: MergeArg) -> MergeMode {
+        match arg {
+            MergeArg::On => MergeMode::On,
+            MergeArg::Off => MergeMode::Off,
+            MergeArg::Ksm => MergeMode::Ksm,
+        }
+    }
 }
 
 /// `--drive`: a path, and whether the guest may write.
@@ -199,7 +225,9 @@ fn apply(args: &VmArgs, config: &mut Map<String, Value>) -> Result<(), VmArgsErr
         "merge_domain",
         args.merge_domain.as_ref().map(|name| json!(name)),
     );
-    set("samepage", "merge", args.no_merge.then_some(json!(false)));
+    let merge = args.no_merge.then_some(MergeArg::Off).or(args.merge);
+    let merge = merge.map(|arg| json!(MergeMode::from(arg)));
+    set("samepage", "merge", merge);
     set(
         "samepage",
         "oom_priority",
@@ -247,8 +275,6 @@ fn make_absolute(path: &mut PathBuf) -> Result<(), VmArgsError> {
 
 #[cfg(test)]
 mod tests {
-    use vmm::config::MergeMode;
-
     use super::*;
 
     fn kernel(path: &str) -> VmArgs {
@@ -329,6 +355,23 @@ mod tests {
     }
 
     #[test]
+    fn merge_says_who_merges_and_no_merge_is_its_old_name_for_off() {
+        let (_file, mut args) = config_file(
+            r#"{"boot-source": {"kernel_image_path": "/k"}, "samepage": {"merge": "ksm"}}"#,
+        );
+        let merge = |args: &VmArgs| to_config(args).unwrap().samepage.merge;
+        assert_eq!(merge(&args), MergeMode::Ksm);
+        for (arg, mode) in [
+            (MergeArg::On, MergeMode::On),
+            (MergeArg::Off, MergeMode::Off),
+            (MergeArg::Ksm, MergeMode::Ksm),
+        ] {
+            args.merge = Some(arg);
+            assert_eq!(merge(&args), mode);
+        }
+    }
+
+    #[test]
     fn errors_name_the_file_and_the_field() {
         let error = to_config(&VmArgs::default()).unwrap_err().to_string();
         assert!(error.contains("--kernel"), "{error}");
@@ -340,6 +383,10 @@ mod tests {
                 "colour",
             ),
             (r#"{"boot-source": 7}"#, "BootSource"),
+            (
+                r#"{"boot-source": {"kernel_image_path": "/k"}, "samepage": {"merge": "fast"}}"#,
+                r#""fast", expected merge to be true, false or "ksm""#,
+            ),
         ] {
             let (file, args) = config_file(text);
             let error = to_config(&args).unwrap_err().to_string();

@@ -10,6 +10,7 @@
 //! | [`guests`] | VMs in a monitor of the test's own process |
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`linux`] | the Linux guest and its console |
+//! | [`ksm`] | kernel KSM, for one test at a time |
 //! | [`kvm`] | whether VMs can run here |
 //! | [`refusal`] | requests that the API must refuse |
 //! | [`tiny_kernel`] | guests of a few bytes |
@@ -25,6 +26,7 @@ pub mod density;
 pub mod guest_memory;
 pub mod guests;
 pub mod http;
+pub mod ksm;
 pub mod kvm;
 pub mod linux;
 pub mod proc;

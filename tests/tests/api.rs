@@ -31,6 +31,8 @@ fn wrong_requests_are_refused_with_a_fitting_status() {
     let config = pageload(None);
     let unknown = r#"{"boot-source": {"kernel_image_path": "k"}, "colour": 1}"#;
     let no_kernel = r#"{"boot-source": {"kernel_image_path": "/nowhere/vmlinux"}}"#;
+    let bad_merge = r#"{"boot-source": {"kernel_image_path": "builtin:pageload"},
+        "samepage": {"merge": "fast"}}"#;
     let no_vcpu = r#"{"boot-source": {"kernel_image_path": "builtin:pageload"},
         "machine-config": {"vcpu_count": 0, "mem_size_mib": 32}}"#;
     let refusals = [
@@ -45,6 +47,13 @@ fn wrong_requests_are_refused_with_a_fitting_status() {
         ("PUT", "/vms/new", "{}", 400, "boot-source"),
         ("PUT", "/vms/new", unknown, 400, "colour"),
         ("PUT", "/vms/new", no_vcpu, 400, "vcpu_count"),
+        (
+            "PUT",
+            "/vms/new",
+            bad_merge,
+            400,
+            r#""fast", expected merge to be true, false or "ksm""#,
+        ),
         ("PUT", "/vms/new", no_kernel, 400, "/nowhere/vmlinux"),
         ("PUT", "/vms/n.w", &config, 400, "n.w"),
         ("GET", "/nothing", "", 404, "/nothing"),

@@ -90,6 +90,9 @@ pub enum MonitorError {
     /// The VM keeps its memory to itself, so there is nothing to merge.
     #[error("vm {0}: merge is false, its memory is not merged")]
     NotMerged(VmId),
+    /// Kernel KSM merges the VM's memory, which nobody can ask to do it now.
+    #[error("vm {0}: merge is \"ksm\", kernel KSM merges its memory at its own pace")]
+    MergedByKernel(VmId),
     /// Its memory could not be merged now.
     #[error("vm {id}: cannot merge now: {error}")]
     MergeNow {
@@ -138,6 +141,7 @@ impl MonitorError {
             | MonitorError::Ending(_)
             | MonitorError::NoKeyboard(_)
             | MonitorError::NotMerged(_)
+            | MonitorError::MergedByKernel(_)
             | MonitorError::MergeNow { .. } => ErrorKind::Conflict,
             MonitorError::Config { .. } | MonitorError::WrongDomain { .. } => {
                 ErrorKind::InvalidInput

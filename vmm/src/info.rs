@@ -79,6 +79,32 @@ pub struct WriteLatency {
     pub max_ns: u64,
 }
 
+/// What `/proc/PID/ksm_stat` tells of this process, by its names. `None` for what the kernel does not
+/// tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KsmProcess {
+    /// Pages that kernel KSM keeps a record of, merged or not.
+    #[serde(rename = "ksm_rmap_items")]
+    pub rmap_items: Option<u64>,
+    /// Pages of zeros that it replaced by the kernel's zero page.
+    #[serde(rename = "ksm_zero_pages")]
+    pub zero_pages: Option<u64>,
+    /// Pages that it mapped to a page of its own.
+    #[serde(rename = "ksm_merging_pages")]
+    pub merging_pages: Option<u64>,
+    /// Those two in bytes, less its records. Not memory saved: the first user of a shared page
+    /// counts as well.
+    #[serde(rename = "ksm_process_profit")]
+    pub profit_bytes: Option<i64>,
+    /// Whether all memory of the process is merged (`PR_SET_MEMORY_MERGE`), which Samepage never
+    /// asks for.
+    #[serde(rename = "ksm_merge_any")]
+    pub merge_any: Option<bool>,
+    /// Whether any memory of the process is.
+    #[serde(rename = "ksm_mergeable")]
+    pub mergeable: Option<bool>,
+}
+
 /// The memory of a merge domain at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct MemoryInfo {
@@ -92,7 +118,8 @@ pub struct MemoryInfo {
     pub use_bytes: u64,
     /// What is left until the limit; `None` where nothing limits.
     pub headroom_bytes: Option<u64>,
-    /// Use if every shared page were written to now, as far as the worker knows.
+    /// Use if every shared page were written to now, as far as the worker knows. With VMs that
+    /// kernel KSM merges it is that at most: the kernel counts for all domains of the process.
     pub worst_case_bytes: u64,
     /// Share of the last 10 s in percent that some task of the cgroup, or else of the host, waited
     /// for memory (PSI).

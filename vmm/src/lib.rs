@@ -35,6 +35,7 @@
 //! | `drives` | the configuration's drives as devices | mechanism |
 //! | [`start`] | the files of a configuration, loaded | files |
 //! | [`config`], [`id`] | the Firecracker config file; names | pure |
+//! | [`ksm`] | kernel KSM: whether it is there, what it tells | files |
 //! | [`info`], [`error`] | what is told about VMs and errors | pure |
 //! | [`console`] | output ring, readers, input | locks |
 //! | [`memory`] | address space layout; RAM over one host mapping | pure, unsafe |
@@ -88,6 +89,7 @@ pub mod events;
 mod guard;
 pub mod id;
 pub mod info;
+pub mod ksm;
 mod kvm;
 mod machine;
 pub mod memory;
@@ -106,6 +108,7 @@ pub use console::{Console, ConsoleRead, ConsoleReader};
 pub use error::{ErrorKind, MonitorError};
 pub use guard::gauge::Limit;
 pub use id::{MergeDomain, VmId};
-pub use info::{GuestReport, MemoryInfo, VmInfo, WriteLatency, WriteProbe};
+pub use info::{GuestReport, KsmProcess, MemoryInfo, VmInfo, WriteLatency, WriteProbe};
+pub use ksm::{KsmPlace, KsmStats};
 pub use monitor::Monitor;
 pub use state::{EndReason, VmState};

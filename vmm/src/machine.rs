@@ -1,5 +1,6 @@
 //! A VM's running part: memory, KVM, devices, vCPU threads; how it is put together and taken down.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use dedup::{Engine, RegionStats};
@@ -18,6 +19,7 @@ use crate::device::serial::{self, SerialPort};
 use crate::drives::{self, Subscribers};
 use crate::events::EventRemote;
 use crate::id::VmId;
+use crate::ksm::{self, Ksm};
 use crate::kvm::cpuid::Topology;
 use crate::kvm::exit::Platform;
 use crate::kvm::gate::Order;
@@ -80,6 +82,10 @@ impl Machine {
         let merger = match config.samepage.merge {
             MergeMode::On => Merger::Engine(&host.engine),
             MergeMode::Off => Merger::Nobody,
+            MergeMode::Ksm => {
+                ksm::warn_if_stopped(&Ksm::default(), &outside.id);
+                Merger::Kernel
+            }
         };
         let huge_pages = config.machine_config.huge_pages;
         let ram = Ram::with_pages(config.mem_size_bytes(), huge_pages, merger)?;
@@ -119,7 +125,7 @@ impl Machine {
         self.vcpus.set_held(held);
     }
 
-    /// Memory that nobody shares with it.
+    /// Memory that nobody shares with it; see [`Ram::private_bytes`].
     pub(crate) fn private_bytes(&self) -> std::io::Result<u64> {
         self.ram.private_bytes()
     }
@@ -143,7 +149,12 @@ impl Machine {
         self.ram.merge_stats()
     }
 
-    /// What merges its memory on demand; `None` when it is not merged.
+    /// Where kernel KSM merges its memory; `None` when that does not.
+    pub(crate) fn mergeable(&self) -> Option<Range<usize>> {
+        self.ram.mergeable()
+    }
+
+    /// What merges its memory on demand; `None` when the engine does not merge it.
     pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
         self.ram.merger()
     }

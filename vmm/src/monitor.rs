@@ -14,6 +14,7 @@ use crate::events::EventLoop;
 use crate::guard::{Guard, Watch};
 use crate::id::{MergeDomain, VmId};
 use crate::info::VmInfo;
+use crate::ksm::{Ksm, KsmPlace};
 use crate::machine::Host;
 use crate::reaper::Reaper;
 use crate::roster::Roster;
@@ -112,7 +113,7 @@ impl Monitor {
     ///
     /// # Errors
     /// [`MonitorError::DuplicateId`], [`MonitorError::WrongDomain`], [`MonitorError::Config`] or
-    /// [`MonitorError::Start`] (a file).
+    /// [`MonitorError::Start`] (a file, or no KSM in the kernel).
     pub fn create(&self, id: VmId, config: VmConfig) -> Result<(), MonitorError> {
         config.validate().map_err(|error| MonitorError::Config {
             id: id.clone(),
@@ -127,10 +128,12 @@ impl Monitor {
             let (wanted, domain) = (wanted.to_string(), self.domain.to_string());
             return Err(MonitorError::WrongDomain { id, wanted, domain });
         }
-        start::check_files(&config).map_err(|error: StartError| MonitorError::Start {
+        let refused = |error: StartError| MonitorError::Start {
             id: id.clone(),
             error,
-        })?;
+        };
+        start::check_files(&config).map_err(refused)?;
+        start::check_kernel(&config, &Ksm::default()).map_err(refused)?;
         let Some(to_reaper) = self.to_reaper.clone() else {
             return Err(MonitorError::NotFound(id));
         };
@@ -228,7 +231,24 @@ impl Monitor {
         Ok(self.find(id)?.config().clone())
     }
 
-    /// A VM's merge counters; zeros when it is not merged, not started or ended.
+    /// Where kernel KSM merges memory of this monitor's VMs, for [`KsmStats::read`].
+    ///
+    /// [`KsmStats::read`]: crate::KsmStats::read
+    pub fn ksm_places(&self) -> Vec<KsmPlace> {
+        let vms = self.vms.all();
+        vms.iter().filter_map(|vm| vm.ksm_place()).collect()
+    }
+
+    /// The same of one VM; `None` when kernel KSM does not merge it, or it does not run.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotFound`].
+    pub fn ksm_place(&self, id: &VmId) -> Result<Option<KsmPlace>, MonitorError> {
+        Ok(self.find(id)?.ksm_place())
+    }
+
+    /// A VM's counters of the merge engine; zeros when that does not merge it, and when it is not
+    /// started or ended.
     ///
     /// # Errors
     /// [`MonitorError::NotFound`].
@@ -240,7 +260,8 @@ impl Monitor {
     ///
     /// # Errors
     /// [`MonitorError::NotRunning`], [`MonitorError::NotMerged`] when the VM keeps its memory to
-    /// itself, [`MonitorError::MergeNow`] when it ends meanwhile or the engine does not merge.
+    /// itself, [`MonitorError::MergedByKernel`], [`MonitorError::MergeNow`] when it ends meanwhile
+    /// or the engine does not merge.
     pub fn merge_now(&self, id: &VmId) -> Result<dedup::MergedNow, MonitorError> {
         self.find(id)?.merge_now()
     }

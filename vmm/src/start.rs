@@ -8,9 +8,10 @@ use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, BootError};
 use crate::bus::BusError;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, MergeMode, VmConfig};
 use crate::error::ErrorKind;
 use crate::events::EventsError;
+use crate::ksm::{Ksm, KsmError};
 use crate::kvm::KvmError;
 use crate::kvm::vcpu::VcpuError;
 use crate::memory::GuestMemory;
@@ -55,7 +56,10 @@ pub enum StartError {
     Cmdline(#[from] CmdlineError),
     /// Guest memory.
     #[error("mem_size_mib: {0}")]
-    Ram(#[from] RamError),
+    Ram(#[source] RamError),
+    /// Kernel KSM, asked for by `merge`.
+    #[error(transparent)]
+    Ksm(#[from] KsmError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -89,13 +93,27 @@ impl StartError {
             | StartError::Boot(_)
             | StartError::Cmdline(_)
             | StartError::Disk(_)
-            | StartError::Slot(_) => ErrorKind::InvalidInput,
-            StartError::Ram(_)
+            | StartError::Slot(_)
+            | StartError::Ksm(KsmError::NoDirectory(_) | KsmError::UnknownAdvice) => {
+                ErrorKind::InvalidInput
+            }
+            StartError::Ksm(KsmError::Refused(_))
+            | StartError::Ram(_)
             | StartError::Kvm(_)
             | StartError::Vcpu(_)
             | StartError::Events(_)
             | StartError::Bus(_)
             | StartError::EventFd(_) => ErrorKind::Internal,
+        }
+    }
+}
+
+/// As the field that they are about.
+impl From<RamError> for StartError {
+    fn from(error: RamError) -> StartError {
+        match error {
+            RamError::Ksm(error) => StartError::Ksm(error),
+            error => StartError::Ram(error),
         }
     }
 }
@@ -130,6 +148,14 @@ pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
         Disk::open(drive)?;
     }
     Ok(())
+}
+
+/// Checks that the kernel has what the configuration needs of it.
+pub(crate) fn check_kernel(config: &VmConfig, ksm: &Ksm) -> Result<(), StartError> {
+    match config.samepage.merge {
+        MergeMode::Ksm => Ok(ksm.check()?),
+        MergeMode::On | MergeMode::Off => Ok(()),
+    }
 }
 
 /// Loads everything into guest memory. Returns the entry point.
@@ -170,4 +196,38 @@ fn load_kernel(memory: &GuestMemory, config: &VmConfig) -> Result<Kernel, StartE
         path: path.clone(),
         error: error.into(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_for_kernel_ksm_is_refused_where_the_kernel_has_none() {
+        let kernel = tempfile::tempdir().unwrap();
+        let ksm = Ksm::told_by(kernel.path());
+        let mut config = VmConfig::new("k");
+        check_kernel(&config, &ksm).expect("nobody asks for it");
+        config.samepage.merge = MergeMode::Ksm;
+        let error = check_kernel(&config, &ksm).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        let text = error.to_string();
+        assert!(
+            text.contains("merge: \"ksm\" needs a kernel with KSM"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_madvise_says_is_about_merge_and_not_about_the_size_of_memory() {
+        let unknown = StartError::from(RamError::Ksm(KsmError::UnknownAdvice));
+        assert!(
+            unknown.to_string().starts_with("merge: \"ksm\""),
+            "{unknown}"
+        );
+        assert_eq!(unknown.kind(), ErrorKind::InvalidInput);
+        let refused = KsmError::Refused(std::io::Error::from_raw_os_error(libc::EAGAIN));
+        let refused = StartError::from(RamError::Ksm(refused));
+        assert_eq!(refused.kind(), ErrorKind::Internal);
+    }
 }

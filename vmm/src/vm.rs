@@ -12,12 +12,13 @@ use std::time::Instant;
 
 use dedup::{MergedNow, RegionStats};
 
-use crate::config::VmConfig;
+use crate::config::{MergeMode, VmConfig};
 use crate::console::Console;
 use crate::device::report::ReportPort;
 use crate::error::MonitorError;
 use crate::id::VmId;
 use crate::info::VmInfo;
+use crate::ksm::KsmPlace;
 use crate::machine::{Host, Machine, Outside};
 use crate::state::{EndReason, Step, VmState};
 
@@ -112,6 +113,12 @@ impl Vm {
             .unwrap_or_default()
     }
 
+    /// Where kernel KSM merges its memory; `None` when that does not, or it does not run.
+    pub(crate) fn ksm_place(&self) -> Option<KsmPlace> {
+        let addresses = self.lock().machine.as_ref()?.mergeable()?;
+        Some(KsmPlace::new(self.id.clone(), addresses))
+    }
+
     /// Merges its memory now, on the caller's thread.
     pub(crate) fn merge_now(&self) -> Result<MergedNow, MonitorError> {
         let merger = {
@@ -126,7 +133,10 @@ impl Vm {
         // Without the lock: it takes as long as reading all of the memory.
         let merged = merger.map(|merger| merger.merge_now());
         merged
-            .ok_or(MonitorError::NotMerged(id.clone()))?
+            .ok_or_else(|| match self.config.samepage.merge {
+                MergeMode::Ksm => MonitorError::MergedByKernel(id.clone()),
+                MergeMode::On | MergeMode::Off => MonitorError::NotMerged(id.clone()),
+            })?
             .map_err(|error| MonitorError::MergeNow { id, error })
     }
 

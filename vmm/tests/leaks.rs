@@ -48,7 +48,9 @@ fn twenty_lives_leave_no_thread_descriptor_or_memory_behind() {
     let before_monitor = held();
     let lab = Lab::new();
     let disk = lab.file("disk", &[0; 4096]);
-    for merge in [MergeMode::On, MergeMode::Off] {
+    let has_ksm = std::path::Path::new("/sys/kernel/mm/ksm").is_dir();
+    let ksm = has_ksm.then_some(MergeMode::Ksm);
+    for merge in [MergeMode::On, MergeMode::Off].into_iter().chain(ksm) {
         let before = held();
         for round in 0..20 {
             let code = Code::new().print("up").halt();

@@ -16,12 +16,13 @@ pub async fn ps(client: &Client, args: &PsArgs) -> Result<(), CommandError> {
     if args.json {
         return print(&to_pretty_json(&vms)?);
     }
-    let mut table = Table::new(&["ID", "STATE", "DOMAIN", "VCPUS", "MEMORY"]);
+    let mut table = Table::new(&["ID", "STATE", "DOMAIN", "MERGE", "VCPUS", "MEMORY"]);
     for vm in &vms {
         table.row(vec![
             vm.id.clone(),
             state(vm),
             vm.merge_domain.clone().unwrap_or_else(|| "-".to_owned()),
+            vm.merge.to_string(),
             vm.vcpu_count.to_string(),
             in_units(i128::from(vm.mem_size_bytes)),
         ]);

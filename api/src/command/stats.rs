@@ -5,13 +5,13 @@ use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use dedup::{AdvisorMode, RegionStats};
+use dedup::{AdvisorMode, Run};
 
 use crate::bytes::in_units;
 use crate::cli::StatsArgs;
 use crate::client::Client;
 use crate::command::{CommandError, print, to_pretty_json};
-use crate::model::Domain;
+use crate::model::{Domain, VmMerge};
 use crate::table::Table;
 
 /// Clears a terminal and puts the cursor into its corner.
@@ -73,7 +73,7 @@ fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
         let (stats, memory) = (&domain.stats, &domain.memory);
         table.row(vec![
             name.clone(),
-            format!("{:?}", domain.run).to_lowercase(),
+            run_name(domain.run),
             domain.vms.len().to_string(),
             stats.pages_shared.to_string(),
             stats.pages_sharing.to_string(),
@@ -93,7 +93,10 @@ fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
     let mut text = table.to_string();
     // Writing to a string cannot fail.
     let _ = write!(text, "\n{}", pace_table(domains));
-    let vms: Vec<(&str, &RegionStats)> = domains
+    if domains.values().any(|domain| domain.ksm.is_some()) {
+        let _ = write!(text, "\n{}", ksm_table(domains));
+    }
+    let vms: Vec<(&str, &VmMerge)> = domains
         .values()
         .flat_map(|domain| domain.vms.iter().map(|(id, merge)| (id.as_str(), merge)))
         .collect();
@@ -129,20 +132,78 @@ fn pace_table(domains: &BTreeMap<String, Domain>) -> Table {
     table
 }
 
-fn vm_table<'a>(vms: impl IntoIterator<Item = (&'a str, &'a RegionStats)>) -> String {
+/// Only for domains that have VMs which kernel KSM merges.
+fn ksm_table(domains: &BTreeMap<String, Domain>) -> Table {
     let mut table = Table::new(&[
-        "VM", "MERGING", "ZERO", "UNSHARED", "VOLATILE", "VMAS", "SAVED",
+        "DOMAIN",
+        "KSM RUN",
+        "MERGING",
+        "SERVER MERGING",
+        "ZERO",
+        "RMAP ITEMS",
+        "PROFIT",
     ]);
-    for (id, merge) in vms {
+    for (name, domain) in domains {
+        let Some(ksm) = &domain.ksm else {
+            continue;
+        };
+        let process = ksm.process.unwrap_or_default();
+        let profit = process.profit_bytes;
         table.row(vec![
-            id.to_owned(),
-            merge.pages_merging.to_string(),
-            merge.pages_zero.to_string(),
-            merge.pages_unshared.to_string(),
-            merge.pages_volatile.to_string(),
-            merge.vmas.to_string(),
-            in_units(i128::from(merge.profit_bytes)),
+            name.clone(),
+            ksm.run.map_or_else(unknown, run_name),
+            count(ksm.pages_merging),
+            count(process.merging_pages),
+            count(process.zero_pages),
+            count(process.rmap_items),
+            profit.map_or_else(unknown, |bytes| in_units(i128::from(bytes))),
         ]);
+    }
+    table
+}
+
+fn run_name(run: Run) -> String {
+    format!("{run:?}").to_lowercase()
+}
+
+/// A figure that the kernel does not tell.
+fn unknown() -> String {
+    "?".to_owned()
+}
+
+fn count(pages: Option<u64>) -> String {
+    pages.map_or_else(unknown, |pages| pages.to_string())
+}
+
+/// With a column for kernel KSM if it merges one of them.
+fn vm_table<'a>(vms: impl IntoIterator<Item = (&'a str, &'a VmMerge)>) -> String {
+    let vms: Vec<(&str, &VmMerge)> = vms.into_iter().collect();
+    let has_ksm = vms.iter().any(|(_, merge)| merge.ksm.is_some());
+    let mut heads = vec![
+        "VM", "MERGING", "ZERO", "UNSHARED", "VOLATILE", "VMAS", "SAVED",
+    ];
+    if has_ksm {
+        heads.extend(["KSM RUN", "KSM MERGING"]);
+    }
+    let mut table = Table::new(&heads);
+    for (id, merge) in vms {
+        let stats = &merge.stats;
+        let mut row = vec![
+            id.to_owned(),
+            stats.pages_merging.to_string(),
+            stats.pages_zero.to_string(),
+            stats.pages_unshared.to_string(),
+            stats.pages_volatile.to_string(),
+            stats.vmas.to_string(),
+            in_units(i128::from(stats.profit_bytes)),
+        ];
+        if let Some(ksm) = &merge.ksm {
+            row.push(ksm.run.map_or_else(unknown, run_name));
+            row.push(count(ksm.pages_merging));
+        } else if has_ksm {
+            row.extend(["-".to_owned(), "-".to_owned()]);
+        }
+        table.row(row);
     }
     table.to_string()
 }

@@ -1,8 +1,9 @@
 //! A VM's RAM: one host mapping, seen as guest memory, merged or not.
 
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use dedup::{Engine, Mapping, RegionHandle};
+use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, RegionHandle};
 use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegion;
@@ -12,6 +13,7 @@ use super::GuestMemory;
 use super::dirty_log::DirtyLog;
 use super::layout::ram_ranges;
 use crate::config::HugePages;
+use crate::ksm::KsmError;
 
 /// Errors of [`Ram::with_pages`].
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,9 @@ pub enum RamError {
     /// The merge engine did not take the mapping.
     #[error("cannot register guest memory with the merge engine: {0}")]
     Register(#[source] dedup::EngineError),
+    /// Kernel KSM did not take the mapping.
+    #[error(transparent)]
+    Ksm(#[from] KsmError),
     /// The mapping does not make guest memory.
     #[error("cannot use the mapping as guest memory: {0}")]
     Guest(String),
@@ -41,6 +46,8 @@ pub(crate) enum Merger<'a> {
     Nobody,
     /// The merge engine.
     Engine(&'a Engine),
+    /// Kernel KSM.
+    Kernel,
 }
 
 /// Who owns the mapping.
@@ -48,6 +55,8 @@ pub(crate) enum Merger<'a> {
 enum Backing {
     /// Not merged: unmapped when dropped.
     Private(Mapping),
+    /// Merged by the kernel: unmapped when dropped. Ends with one page that is no guest memory.
+    Mergeable(Mapping),
     /// Merged: handed over when the VM ends.
     Merged(RegionHandle),
 }
@@ -85,12 +94,16 @@ impl Ram {
     ) -> Result<Ram, RamError> {
         let size =
             usize::try_from(size_bytes).map_err(|error| RamError::Guest(error.to_string()))?;
+        let mapped = match merger {
+            Merger::Kernel => size + PAGE_SIZE_BYTES,
+            Merger::Nobody | Merger::Engine(_) => size,
+        };
         let mapping = match huge_pages {
-            HugePages::Transparent => Mapping::with_huge_pages(size),
-            HugePages::None | HugePages::Hugetlbfs2M => Mapping::new(size),
+            HugePages::Transparent => Mapping::with_huge_pages(mapped),
+            HugePages::None | HugePages::Hugetlbfs2M => Mapping::new(mapped),
         };
         let mapping = mapping.map_err(|error| RamError::Map { size_bytes, error })?;
-        let memory = guest_memory(&mapping)?;
+        let memory = guest_memory(&mapping, size)?;
         let (backing, dirty_log) = match merger {
             Merger::Engine(engine) => {
                 let (log, source) = DirtyLog::new(&memory);
@@ -101,6 +114,10 @@ impl Ram {
                 )
             }
             Merger::Nobody => (Backing::Private(mapping), None),
+            Merger::Kernel => {
+                make_mergeable(&mapping, size)?;
+                (Backing::Mergeable(mapping), None)
+            }
         };
         let probes = memory
             .iter()
@@ -134,26 +151,36 @@ impl Ram {
     /// Counters of the merge engine for it; zeros when it is not merged.
     pub(crate) fn merge_stats(&self) -> dedup::RegionStats {
         match &self.backing {
-            Backing::Private(_) => dedup::RegionStats::default(),
+            Backing::Private(_) | Backing::Mergeable(_) => dedup::RegionStats::default(),
             Backing::Merged(region) => region.stats(),
         }
     }
 
-    /// Memory that nobody shares with it.
+    /// Where kernel KSM merges it; `None` when that does not.
+    pub(crate) fn mergeable(&self) -> Option<Range<usize>> {
+        let Backing::Mergeable(mapping) = &self.backing else {
+            return None;
+        };
+        let start = mapping.as_ptr().addr();
+        Some(start..start + mapping.size_bytes() - PAGE_SIZE_BYTES)
+    }
+
+    /// Memory that nobody shares with it, as far as can be told cheaply: a page that kernel KSM
+    /// merged counts, as nothing but `/proc/PID/smaps` tells it from others.
     ///
     /// # Errors
     /// If the kernel does not tell.
     pub(crate) fn private_bytes(&self) -> std::io::Result<u64> {
         match &self.backing {
-            Backing::Private(mapping) => mapping.private_bytes(),
+            Backing::Private(mapping) | Backing::Mergeable(mapping) => mapping.private_bytes(),
             Backing::Merged(region) => region.mapping().private_bytes(),
         }
     }
 
-    /// What merges it on demand; `None` when it is not merged.
+    /// What merges it on demand; `None` when the engine does not merge it.
     pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
         match &self.backing {
-            Backing::Private(_) => None,
+            Backing::Private(_) | Backing::Mergeable(_) => None,
             Backing::Merged(region) => Some(region.merger()),
         }
     }
@@ -177,7 +204,7 @@ impl Ram {
             return Err(StillInUse);
         }
         match backing {
-            Backing::Private(mapping) => drop(mapping),
+            Backing::Private(mapping) | Backing::Mergeable(mapping) => drop(mapping),
             Backing::Merged(region) => {
                 let path = region.exit();
                 log::debug!("guest memory left the merge engine: {path:?}");
@@ -187,15 +214,35 @@ impl Ram {
     }
 }
 
-fn guest_memory(mapping: &Mapping) -> Result<GuestMemory, RamError> {
+/// Has kernel KSM merge the first `size_bytes` of `mapping`.
+///
+/// The page behind them is left out on purpose: the kernel makes one VMA of neighbours that are
+/// alike, and tells KSM's pages for each VMA, so it would tell those of two VMs as one figure.
+///
+/// Rejected: `PR_SET_MEMORY_MERGE`, which would have it merge all that the monitor holds.
+fn make_mergeable(mapping: &Mapping, size_bytes: usize) -> Result<(), KsmError> {
+    assert!(size_bytes <= mapping.size_bytes());
+    let start = mapping.as_ptr().cast();
+    // SAFETY: 1. The range lies in the mapping, as was just asserted. 2. The advice changes no
+    // content: pages that are merged are copied when they are written to.
+    let advised = unsafe { libc::madvise(start, size_bytes, libc::MADV_MERGEABLE) };
+    if advised == 0 {
+        Ok(())
+    } else {
+        Err(KsmError::of_madvise(std::io::Error::last_os_error()))
+    }
+}
+
+fn guest_memory(mapping: &Mapping, size_bytes: usize) -> Result<GuestMemory, RamError> {
     let guest = |error: &dyn std::fmt::Display| RamError::Guest(error.to_string());
     let mut regions = Vec::new();
-    for range in ram_ranges(mapping.size_bytes() as u64) {
+    assert!(size_bytes <= mapping.size_bytes());
+    for range in ram_ranges(size_bytes as u64) {
         let offset = usize::try_from(range.mapping_offset).map_err(|error| guest(&error))?;
         let size = usize::try_from(range.size_bytes).map_err(|error| guest(&error))?;
         let pointer = mapping.as_ptr().wrapping_add(offset);
-        // SAFETY: 1. `pointer..pointer + size` lies in the mapping, as the ranges cover it exactly
-        // once (`layout::ram_ranges`). 2. The mapping outlives the region: `Ram` keeps both, drops
+        // SAFETY: 1. `pointer..pointer + size` lies in the mapping, as the ranges cover its first
+        // `size_bytes` exactly once (`layout::ram_ranges`). 2. The mapping outlives the region: `Ram` keeps both, drops
         // the mapping last, and `release` leaks it when a clone of the region is left.
         let region = unsafe {
             MmapRegion::build_raw(
@@ -249,5 +296,47 @@ mod tests {
         let left = ram.memory().clone();
         assert_eq!(ram.release(), Err(StillInUse));
         left.write_obj(1_u8, GuestAddress(0)).unwrap();
+    }
+
+    /// Addresses and flags of the mappings of this process.
+    fn flags_of_mappings() -> Vec<(String, String)> {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let addresses = smaps.lines().filter_map(|line| {
+            let (addresses, _) = line.split_once(' ')?;
+            addresses.contains('-').then(|| addresses.to_owned())
+        });
+        let flags = smaps
+            .lines()
+            .filter_map(|line| line.strip_prefix("VmFlags:"));
+        addresses.zip(flags.map(str::to_owned)).collect()
+    }
+
+    #[test]
+    fn the_kernel_may_merge_each_vms_memory_as_a_mapping_of_its_own() {
+        if crate::ksm::Ksm::default().check().is_err() {
+            eprintln!("skipped: this kernel has no KSM");
+            return;
+        }
+        // Several, one behind the other: without something between they would become one mapping.
+        let rams: Vec<Ram> = (0..4)
+            .map(|_| Ram::new(4 << 20, Merger::Kernel).unwrap())
+            .collect();
+        let others = Ram::new(4 << 20, Merger::Nobody).unwrap();
+        assert_eq!(others.mergeable(), None);
+        let mappings = flags_of_mappings();
+        for ram in &rams {
+            let range = ram.mergeable().unwrap();
+            assert_eq!(range.len(), 4 << 20);
+            let addresses = format!("{:08x}-{:08x}", range.start, range.end);
+            let (_, flags) = mappings
+                .iter()
+                .find(|(found, _)| *found == addresses)
+                .unwrap_or_else(|| panic!("{addresses} is no mapping of its own: {mappings:?}"));
+            let has = |flag| flags.split_whitespace().any(|found| found == flag);
+            assert!(has("mg"), "mergeable: {flags}");
+            assert!(has("nh"), "no huge pages: {flags}");
+        }
+        assert!(rams.iter().all(|ram| !ram.wants_dirty_log()));
+        rams.into_iter().for_each(|ram| ram.release().unwrap());
     }
 }

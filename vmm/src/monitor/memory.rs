@@ -2,11 +2,15 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use dedup::Stats;
+
 use super::Monitor;
 use crate::admission::{Claims, Promise};
 use crate::error::MonitorError;
+use crate::guard::gauge::Limit;
 use crate::id::VmId;
-use crate::info::MemoryInfo;
+use crate::info::{KsmProcess, MemoryInfo};
+use crate::ksm::Ksm;
 use crate::state::VmState;
 use crate::vm::Vm;
 
@@ -86,13 +90,15 @@ impl Monitor {
             Some((_, filled)) => filled.use_bytes,
             None => watch.gauge.use_bytes(),
         };
-        let stats = engine.stats();
-        let shared_pages = stats.pages_shared + stats.pages_sharing + stats.pages_zero;
         let vms = self.vms.all();
+        let limited_by = nearest.map(|(limit, _)| limit);
+        let is_for_ksm = vms.iter().any(|vm| vm.ksm_place().is_some());
+        let ksm = is_for_ksm.then(|| Ksm::default().process()).flatten();
+        let shared_pages = shared_pages(&engine.stats(), ksm.unwrap_or_default(), limited_by);
         MemoryInfo {
             budget_bytes,
             limit_bytes: nearest.map(|(_, filled)| filled.limit_bytes),
-            limited_by: nearest.map(|(limit, _)| limit),
+            limited_by,
             use_bytes,
             headroom_bytes: nearest.map(|(_, filled)| filled.headroom_bytes()),
             worst_case_bytes: use_bytes + shared_pages * dedup::PAGE_SIZE_BYTES as u64,
@@ -103,6 +109,18 @@ impl Monitor {
             oom_victims: watch.victims(),
         }
     }
+}
+
+/// Pages that would take memory if they were written to, and take none in the figure that
+/// `limited_by` counts. Only a cgroup counts a page of kernel KSM once; in all other figures it
+/// counts for each guest that it is mapped by.
+fn shared_pages(stats: &Stats, ksm: KsmProcess, limited_by: Option<Limit>) -> u64 {
+    let by_engine = stats.pages_shared + stats.pages_sharing + stats.pages_zero;
+    let merging = match limited_by {
+        Some(Limit::Cgroup) => ksm.merging_pages.unwrap_or(0),
+        Some(Limit::Budget) | None => 0,
+    };
+    by_engine + merging + ksm.zero_pages.unwrap_or(0)
 }
 
 /// A start under way; settled when dropped, however it went.
@@ -117,5 +135,34 @@ impl Drop for Claim<'_> {
             let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
             claims.settle(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_case_has_each_page_that_the_limits_figure_leaves_out() {
+        let stats = Stats {
+            pages_shared: 1,
+            pages_sharing: 2,
+            pages_zero: 3,
+            ..Stats::default()
+        };
+        let ksm = KsmProcess {
+            merging_pages: Some(100),
+            zero_pages: Some(10),
+            ..KsmProcess::default()
+        };
+        for (limited_by, pages) in [
+            (Some(Limit::Cgroup), 116),
+            (Some(Limit::Budget), 16),
+            (None, 16),
+        ] {
+            assert_eq!(shared_pages(&stats, ksm, limited_by), pages);
+        }
+        let none = KsmProcess::default();
+        assert_eq!(shared_pages(&stats, none, Some(Limit::Cgroup)), 6);
     }
 }
