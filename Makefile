@@ -36,11 +36,11 @@ test-deep: ## Run the models with more preemptions, and 200,000 random histories
 lint: ## Run only the checks that need no guest: format, lints, documents, house rules
 	@$(STEPS) lint packages format lints docs house
 
-guest: ## Build the Linux guest (kernel and initramfs) that the tests boot, cached by its inputs
+guest: ## Build the guests that the tests boot (kernel, initramfs, Debian image), cached by their inputs
 	@$(STEPS) guest guest
 
 build: ## Build the release binary, target/release/samepage
 	@$(STEPS) build packages release
 
-clean: ## Remove what was built; the cached Linux guest stays
+clean: ## Remove what was built; the cached guests stay
 	@$(STEPS) clean clean
