@@ -9,6 +9,7 @@
 //! | [`guest_memory`] | guests' memory, read out of the server for an oracle |
 //! | [`guests`] | VMs in a monitor of the test's own process |
 //! | [`http`] | HTTP as bytes, independent of our own client |
+//! | [`debian`] | the Debian guest, the program in it and what that prints |
 //! | [`linux`] | the Linux guest and its console |
 //! | [`ksm`] | kernel KSM, for one test at a time |
 //! | [`kvm`] | whether VMs can run here |
@@ -22,6 +23,7 @@
 
 pub mod binary;
 pub mod cgroup;
+pub mod debian;
 pub mod density;
 pub mod guest_memory;
 pub mod guests;

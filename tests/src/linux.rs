@@ -31,28 +31,53 @@ pub struct LinuxGuest {
 pub fn guest() -> &'static LinuxGuest {
     static GUEST: OnceLock<LinuxGuest> = OnceLock::new();
     GUEST.get_or_init(|| {
-        let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/guest-linux/build");
-        let output = Command::new(build)
-            .stderr(Stdio::inherit())
-            .output()
-            .expect("run resources/guest-linux/build");
-        assert!(
-            output.status.success(),
-            "resources/guest-linux/build: {}; `make guest` installs what it needs",
-            output.status
-        );
-        let printed = String::from_utf8(output.stdout).expect("text");
-        let part = |name: &str| {
-            let mut parts = printed.lines().filter_map(|line| line.split_once('='));
-            let found = parts.find(|(key, _)| *key == name);
-            let (_, path) = found.unwrap_or_else(|| panic!("no {name}= in: {printed}"));
-            PathBuf::from(path)
-        };
+        let parts = build("guest-linux");
         LinuxGuest {
-            vmlinux: part("vmlinux"),
-            initramfs: part("initramfs"),
+            vmlinux: parts.path("vmlinux"),
+            initramfs: parts.path("initramfs"),
         }
     })
+}
+
+/// The directory `resources`.
+pub(crate) fn resources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources")
+}
+
+/// What a guest's build script printed: a line `name=path` for each file.
+pub(crate) struct BuiltParts {
+    printed: String,
+}
+
+impl BuiltParts {
+    /// The path of a file.
+    ///
+    /// # Panics
+    /// If the script did not print it.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        let mut parts = self.printed.lines().filter_map(|line| line.split_once('='));
+        let found = parts.find(|(key, _)| *key == name);
+        let (_, path) = found.unwrap_or_else(|| panic!("no {name}= in: {}", self.printed));
+        PathBuf::from(path)
+    }
+}
+
+/// Builds the guest in a directory of `resources`, or finds it in the cache.
+///
+/// # Panics
+/// If it cannot be built.
+pub(crate) fn build(directory: &str) -> BuiltParts {
+    let output = Command::new(resources().join(directory).join("build"))
+        .stderr(Stdio::inherit())
+        .output()
+        .unwrap_or_else(|error| panic!("run resources/{directory}/build: {error}"));
+    assert!(
+        output.status.success(),
+        "resources/{directory}/build: {}; `make guest` installs what it needs",
+        output.status
+    );
+    let printed = String::from_utf8(output.stdout).expect("text");
+    BuiltParts { printed }
 }
 
 /// A guest that runs `command` with `sh -c` and then powers off.
