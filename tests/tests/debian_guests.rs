@@ -8,7 +8,7 @@ use vmm::{EndReason, Monitor, VmId};
 
 /// What two guests share at least, in pages that need no memory of their own, and what of it is
 /// mapped in each of them: the kernel, the files of Debian that both have read, and much of the
-/// interpreter's memory. A third of what was measured.
+/// interpreter's memory. Less than half of what was measured.
 const PAGES_SHARING_MIN: u64 = 3000;
 const PAGES_MERGING_MIN: u64 = 2000;
 
