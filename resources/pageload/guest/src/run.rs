@@ -3,7 +3,7 @@
 use pageload_workload::port::{
     COM1, COM1_STATUS, COM1_STATUS_INPUT, PVPANIC_SHUTDOWN, Phase, Register, TSC_KHZ,
 };
-use pageload_workload::{Begin, Content, Mismatch, Plan, Step, Workload, Writes};
+use pageload_workload::{Begin, Content, Mismatch, Plan, Step, Workload, WriteMode, Writes};
 
 use crate::boot::fail;
 use crate::clock::now_ticks;
@@ -106,6 +106,7 @@ impl Guest {
             writes_per_pass,
             pace_ms,
             begin,
+            write,
             ..
         } = *self.writes.plan().workload();
         let pause_us = u32::try_from(pace_ms.saturating_mul(1000) / slices).unwrap_or(u32::MAX);
@@ -122,8 +123,9 @@ impl Guest {
                 self.probe_when_due();
             }
             // Who waits for input to begin is in a hurry then, unless the time of its writes is what
-            // counts.
-            let is_hasty = self.has_begun && begin == Begin::Input && self.probe.is_none();
+            // counts. A wave has a length of its own.
+            let is_paced = self.probe.is_some() || write == WriteMode::Wave;
+            let is_hasty = self.has_begun && begin == Begin::Input && !is_paced;
             if pause_us > 0 && !is_hasty {
                 self.pause(pause_us);
             }

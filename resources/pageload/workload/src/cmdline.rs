@@ -135,12 +135,13 @@ impl Layout {
 
 impl WriteMode {
     fn named<'a>(name: &'a str, value: &'a str) -> Result<WriteMode, ParseError<'a>> {
-        let allowed = "one of none, hot, merged, broken";
+        let allowed = "one of none, hot, merged, broken, wave";
         match value {
             "none" => Ok(WriteMode::None),
             "hot" => Ok(WriteMode::Hot),
             "merged" => Ok(WriteMode::Merged),
             "broken" => Ok(WriteMode::Broken),
+            "wave" => Ok(WriteMode::Wave),
             _ => Err(ParseError::BadValue {
                 name,
                 value,
@@ -191,6 +192,7 @@ impl fmt::Display for WriteMode {
             WriteMode::Hot => "hot",
             WriteMode::Merged => "merged",
             WriteMode::Broken => "broken",
+            WriteMode::Wave => "wave",
         })
     }
 }
@@ -268,7 +270,7 @@ mod tests {
             ),
             (
                 "pageload write=all",
-                "write: 'all' is not one of none, hot, merged, broken",
+                "write: 'all' is not one of none, hot, merged, broken, wave",
             ),
             (
                 "pageload begin=now",
@@ -301,7 +303,7 @@ mod tests {
             layout in prop_oneof![Just(Layout::Same), Just(Layout::Runs), Just(Layout::Shuffled)],
             write in prop_oneof![
                 Just(WriteMode::None), Just(WriteMode::Hot), Just(WriteMode::Merged),
-                Just(WriteMode::Broken)
+                Just(WriteMode::Broken), Just(WriteMode::Wave)
             ],
             begin in prop_oneof![Just(Begin::Filled), Just(Begin::Input)],
         ) -> Workload {

@@ -57,6 +57,9 @@ pub enum WriteMode {
     /// Pages with shared content, in turn: rewritten with content of their own, a new version each
     /// time, and never given the shared content back.
     Broken,
+    /// Pages with shared content, in turn: all get a content of their own, then all get the shared
+    /// one back, and then nothing is written any more. So a fleet diverges and converges once.
+    Wave,
 }
 
 /// When a guest begins to rewrite pages.

@@ -9,6 +9,8 @@
 //! pair `k` gives the page at position `k` a content of its own, and then the page half a circle
 //! behind its shared content back. So half of the shared pages can be merged at any time, and each
 //! write meets a page that had half a circle's time to be merged.
+//!
+//! A wave: the same circle, once around with contents of the VM's own, and once around back.
 
 use crate::content::Content;
 use crate::permutation::Permutation;
@@ -61,14 +63,16 @@ impl Writes {
         match self.plan.workload().write {
             WriteMode::None => 0,
             WriteMode::Hot => self.plan.hot_pages(),
-            WriteMode::Merged => self.plan.calm_pages() * 2,
+            WriteMode::Merged | WriteMode::Wave => self.plan.calm_pages() * 2,
             WriteMode::Broken => self.plan.calm_pages(),
         }
     }
 
     /// Makes the next step. `None` if it changes no page, as when it meets one that is not shared.
     pub fn advance(&mut self) -> Option<Step> {
-        if self.round_steps() == 0 {
+        let is_over =
+            self.plan.workload().write == WriteMode::Wave && self.steps == self.round_steps();
+        if self.round_steps() == 0 || is_over {
             return None;
         }
         let page = self.next_page();
@@ -108,6 +112,15 @@ impl Writes {
                     None => Content::shared(id),
                 }
             }
+            (WriteMode::Wave, PageKind::Shared { id }) => {
+                let position = self.circle.apply(page);
+                let is_back = self.steps > calm_pages + position;
+                if self.steps > position && !is_back {
+                    plan.own_content(page, 1)
+                } else {
+                    Content::shared(id)
+                }
+            }
             _ => plan.content(page),
         }
     }
@@ -117,7 +130,10 @@ impl Writes {
         if self.plan.workload().write == WriteMode::Hot {
             return calm_pages + self.steps % self.plan.hot_pages();
         }
-        if self.plan.workload().write == WriteMode::Broken {
+        if matches!(
+            self.plan.workload().write,
+            WriteMode::Broken | WriteMode::Wave
+        ) {
             return self.circle.invert(self.steps % calm_pages);
         }
         let behind = if self.steps.is_multiple_of(2) {
@@ -161,7 +177,8 @@ mod tests {
         #[test]
         fn contents_are_what_the_steps_wrote(
             write in prop_oneof![
-                Just(WriteMode::Hot), Just(WriteMode::Merged), Just(WriteMode::Broken)
+                Just(WriteMode::Hot), Just(WriteMode::Merged), Just(WriteMode::Broken),
+                Just(WriteMode::Wave)
             ],
             hot_pages in 0u64..20, pages in 0u64..300, seed: u64, steps in 0usize..2000,
         ) {
@@ -206,6 +223,24 @@ mod tests {
         assert_eq!(broken, 4480);
         let is_own = |page| writes.content(page) != writes.plan().content(page);
         assert_eq!((0..6400).filter(|&page| is_own(page)).count(), 4480);
+    }
+
+    #[test]
+    fn a_wave_breaks_all_shared_pages_gives_them_back_and_ends() {
+        let mut writes = writes(WriteMode::Wave, 0, 6400, 5);
+        let own_pages = |writes: &Writes| {
+            let is_own = |&page: &u64| writes.content(page) != writes.plan().content(page);
+            (0..6400).filter(is_own).count()
+        };
+        for _ in 0..writes.round_steps() / 2 {
+            writes.advance();
+        }
+        assert_eq!(own_pages(&writes), 4480);
+        for _ in 0..writes.round_steps() / 2 {
+            writes.advance();
+        }
+        assert_eq!(own_pages(&writes), 0);
+        assert!((0..5000).all(|_| writes.advance().is_none()));
     }
 
     #[test]
