@@ -12,7 +12,7 @@ TEST_ARGS ?=
 export DEMO_ARGS TEST_THREADS TEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-loom test-deep lint guest build clean
+.PHONY: help density density-quick demo test test-loom test-deep lint guest build clean
 
 help: ## List the targets
 	@echo 'Targets:'
@@ -20,6 +20,12 @@ help: ## List the targets
 	@echo
 	@echo 'Settings: DEMO_ARGS=... TEST_ARGS=... TEST_THREADS=$(TEST_THREADS)'
 	@echo 'SAMEPAGE_SKIP_KVM=1 leaves out what needs /dev/kvm.'
+
+density: ## Measure docs/density.md anew: real guests beside kernel KSM and beside no merging (45 minutes)
+	@$(STEPS) density packages guest density
+
+density-quick: ## The same with few guests, for a look: a table on the terminal, nothing is kept (8 minutes)
+	@$(STEPS) density-quick packages guest density_quick
 
 demo: ## Build the release binary, run VMs on it and watch their memory merge
 	@$(STEPS) demo packages release demo

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Path of the `samepage` binary of the same profile as the running test, built now if needed:
+/// Path of the `samepage` binary of the same profile as the running test or program, built now if needed:
 /// cargo builds a dependency's library for a test, but not its binary. `SAMEPAGE_BIN` names
 /// another one to test.
 ///
@@ -16,9 +16,13 @@ pub fn samepage() -> &'static Path {
         if let Some(given) = std::env::var_os("SAMEPAGE_BIN") {
             return given.into();
         }
-        // target/<profile>/deps/<test>
-        let test = std::env::current_exe().expect("path of the running test");
-        let profile_dir = test.ancestors().nth(2).expect("profile directory");
+        // target/<profile>/deps/<test>, or target/<profile>/<program>
+        let own = std::env::current_exe().expect("path of the running test");
+        let directory = own.parent().expect("directory of the running test");
+        let profile_dir = match directory.file_name() {
+            Some(name) if name == "deps" => directory.parent().expect("profile directory"),
+            _ => directory,
+        };
         let profile = match profile_dir.file_name().and_then(|name| name.to_str()) {
             Some("debug") => "dev",
             Some(profile) => profile,

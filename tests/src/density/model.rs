@@ -240,8 +240,11 @@ pub struct Quantiles {
 pub struct Latency {
     /// Writes to pages that other guests have too.
     pub shared: Quantiles,
-    /// Writes, at the same moments, to pages of the guest's own: what the busy CPUs alone do.
+    /// Writes, at the same moments, to pages that the guest had just written to.
     pub private: Quantiles,
+    /// Exits to the monitor and back, at the same moments. One takes about as long as a page fault
+    /// of the host, so it shows what busy CPUs alone do to a write that faults.
+    pub exit: Quantiles,
     /// vCPUs that were busy beside it.
     pub busy_vcpus: usize,
 }

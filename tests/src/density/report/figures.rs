@@ -347,18 +347,18 @@ fn sharing(run: &Run, oracle: &Oracle, found: &mut Figures) {
 }
 
 fn latencies(latency: &Latency, found: &mut Figures) {
-    let (shared, private) = (&latency.shared, &latency.private);
+    let (shared, exit) = (&latency.shared, &latency.exit);
     if shared.count > 0 {
         found.insert(Quantity::SharedP50, shared.p50_us);
         found.insert(Quantity::SharedP99, shared.p99_us);
         found.insert(Quantity::SharedP999, shared.p999_us);
         found.insert(Quantity::SharedMax, shared.max_us);
     }
-    if private.count > 0 {
-        found.insert(Quantity::PrivateP50, private.p50_us);
-        found.insert(Quantity::PrivateP99, private.p99_us);
-        found.insert(Quantity::PrivateP999, private.p999_us);
-        found.insert(Quantity::PrivateMax, private.max_us);
+    if exit.count > 0 {
+        found.insert(Quantity::ExitP50, exit.p50_us);
+        found.insert(Quantity::ExitP99, exit.p99_us);
+        found.insert(Quantity::ExitP999, exit.p999_us);
+        found.insert(Quantity::ExitMax, exit.max_us);
     }
     found.insert(Quantity::BusyVcpus, count(latency.busy_vcpus));
 }

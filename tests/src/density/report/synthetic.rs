@@ -279,6 +279,7 @@ fn latency(arm: &Arm) -> Option<Latency> {
     (arm.workload == Workload::Latency).then(|| Latency {
         shared: quantiles(slow),
         private: quantiles(1.0),
+        exit: quantiles(2.0),
         busy_vcpus: 40,
     })
 }

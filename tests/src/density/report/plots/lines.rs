@@ -175,7 +175,7 @@ fn draw_line(plane: &mut Plane<'_, '_>, line: &Line) -> Drawn<()> {
     Ok(())
 }
 
-/// Latencies of the probe's writes, to shared pages and to private ones, over quantiles.
+/// Latencies of the probe's writes to shared pages, and of its exits to the monitor, over quantiles.
 pub(super) fn latency(
     target: &mut String,
     caption: Caption<'_>,
@@ -187,10 +187,7 @@ pub(super) fn latency(
         swatch: Swatch::Line,
     });
     let mut legend: Vec<Entry> = entries.collect();
-    for (label, swatch) in [
-        ("shared pages", Swatch::Circle),
-        ("private pages", Swatch::Dashes),
-    ] {
+    for (label, swatch) in [("shared pages", Swatch::Circle), ("exits", Swatch::Dashes)] {
         legend.push(Entry {
             label: label.to_owned(),
             colour: INK,
@@ -203,10 +200,10 @@ pub(super) fn latency(
 }
 
 fn draw_latencies(area: &Area<'_>, comparison: &Comparison) -> Drawn<()> {
-    use Quantity::{PrivateMax, PrivateP50, PrivateP99, PrivateP999};
+    use Quantity::{ExitMax, ExitP50, ExitP99, ExitP999};
     use Quantity::{SharedMax, SharedP50, SharedP99, SharedP999};
     let shared = [SharedP50, SharedP99, SharedP999, SharedMax];
-    let private = [PrivateP50, PrivateP99, PrivateP999, PrivateMax];
+    let exits = [ExitP50, ExitP99, ExitP999, ExitMax];
     let values = |engine: Engine, quantities: [Quantity; 4]| -> Vec<Point> {
         let at = [0.0, 1.0, 2.0, 3.0].into_iter().zip(quantities);
         let found = at.filter_map(|(x, quantity)| Some((x, comparison.figure(engine, quantity)?)));
@@ -215,7 +212,7 @@ fn draw_latencies(area: &Area<'_>, comparison: &Comparison) -> Drawn<()> {
             .collect()
     };
     let engines = || comparison.columns.iter().map(|column| column.engine);
-    let all = engines().flat_map(|engine| [values(engine, shared), values(engine, private)]);
+    let all = engines().flat_map(|engine| [values(engine, shared), values(engine, exits)]);
     let all: Vec<f64> = all.flatten().map(|point| point.1).collect();
     let low = all.iter().copied().fold(1.0, f64::min) / 1.5;
     let high = all.iter().copied().fold(10.0, f64::max) * 1.5;
@@ -249,7 +246,7 @@ fn draw_latencies(area: &Area<'_>, comparison: &Comparison) -> Drawn<()> {
         plane.draw_series(LineSeries::new(points, colour.stroke_width(2)))?;
     }
     for engine in engines() {
-        let points = values(engine, private);
+        let points = values(engine, exits);
         let line = colour(engine).stroke_width(2);
         plane.draw_series(DashedLineSeries::new(points, 8, 8, line))?;
     }
