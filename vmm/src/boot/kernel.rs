@@ -35,6 +35,32 @@ pub enum KernelError {
         /// End of low RAM (guest physical).
         given_bytes: u64,
     },
+    /// The file ends before what its headers name.
+    #[error("is cut short: its headers name {named_bytes} bytes, the file has {file_bytes}")]
+    CutShort {
+        /// End of what the headers name.
+        named_bytes: u64,
+        /// Size of the file.
+        file_bytes: u64,
+    },
+    /// Headers that no kernel has, and that would take long to follow.
+    #[error("has {what} of {value}, at most {most} is taken")]
+    Excess {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much.
+        value: u64,
+        /// How much is taken.
+        most: u64,
+    },
+    /// A segment with more in the file than in memory.
+    #[error("has a segment of {file_bytes} bytes in the file and only {memory_bytes} in memory")]
+    BadSegment {
+        /// `p_filesz`.
+        file_bytes: u64,
+        /// `p_memsz`.
+        memory_bytes: u64,
+    },
     /// A bzImage without a 64-bit entry point.
     #[error("is a bzImage without a 64-bit entry point")]
     No64BitEntry,
@@ -71,6 +97,15 @@ const PROTOCOL_2_10: u16 = 0x020a;
 const ELF_CLASS_64: u8 = 2;
 const ELF_MACHINE_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+/// Bytes of an ELF-64 program header.
+const PROGRAM_HEADER_BYTES: u64 = 56;
+/// Most program headers that are read. Linux has 5 to 10.
+const PROGRAM_HEADERS_MAX: u64 = 128;
+/// Most bytes of notes, over all program headers. Linux has some hundred.
+const NOTE_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of a unit of `syssize` (`Documentation/arch/x86/boot.rst`).
+const PARAGRAPH_BYTES: u64 = 16;
 
 /// Loads `image` into `memory` of `mem_size_bytes`.
 pub(crate) fn load<F>(
@@ -87,7 +122,7 @@ where
     if head.starts_with(b"\x7fELF") {
         load_elf(memory, mem_size_bytes, image, &head)
     } else if head.get(0x202..0x206) == Some(b"HdrS".as_slice()) {
-        load_bzimage(memory, mem_size_bytes, image)
+        load_bzimage(memory, mem_size_bytes, image, &head)
     } else {
         Err(KernelError::UnknownFormat)
     }
@@ -124,6 +159,9 @@ where
     let segments = elf_segments(image, head)?;
     let end = segments.iter().map(|segment| segment.1).max().unwrap_or(0);
     fits(end, mem_size_bytes)?;
+    // Segments that overlap could each fill all of memory, one after the other.
+    let loaded_bytes = segments.iter().map(|(start, end)| end - start).sum();
+    at_most("loaded bytes", loaded_bytes, low_ram_end(mem_size_bytes))?;
     let loaded = Elf::load(memory, None, image, Some(GuestAddress(HIMEM_ADDRESS)))?;
     let entry = loaded.kernel_load.0;
     if !segments
@@ -139,30 +177,88 @@ where
     })
 }
 
+/// A program header, as far as it is used.
+struct Segment {
+    kind: u32,
+    file_start: u64,
+    file_bytes: u64,
+    start: u64,
+    memory_bytes: u64,
+}
+
 /// Start and end (guest physical) of every loaded segment.
+///
+/// All that the loader would follow is bounded here, before it reads anything: by the file's size,
+/// and by what a kernel may have. A sparse file of terabytes costs its owner nothing, and reading it
+/// would hold the start, and whoever waits for it, for hours.
 fn elf_segments<F: Read + Seek>(
     image: &mut F,
     head: &[u8],
 ) -> Result<Vec<(u64, u64)>, KernelError> {
+    let file_bytes = image.seek(SeekFrom::End(0))?;
+    let mut note_bytes = 0_u64;
+    let mut loaded = Vec::new();
+    for segment in program_headers(image, head)? {
+        if segment.kind != PT_LOAD && segment.kind != PT_NOTE {
+            continue;
+        }
+        let named_bytes = segment.file_start.saturating_add(segment.file_bytes);
+        if named_bytes > file_bytes {
+            return Err(KernelError::CutShort {
+                named_bytes,
+                file_bytes,
+            });
+        }
+        if segment.kind == PT_NOTE {
+            note_bytes = note_bytes.saturating_add(segment.file_bytes);
+            at_most("notes, in bytes,", note_bytes, NOTE_BYTES_MAX)?;
+            continue;
+        }
+        if segment.file_bytes > segment.memory_bytes {
+            return Err(KernelError::BadSegment {
+                file_bytes: segment.file_bytes,
+                memory_bytes: segment.memory_bytes,
+            });
+        }
+        let end = segment.start.saturating_add(segment.memory_bytes);
+        loaded.push((segment.start, end));
+    }
+    Ok(loaded)
+}
+
+fn program_headers<F: Read + Seek>(
+    image: &mut F,
+    head: &[u8],
+) -> Result<Vec<Segment>, KernelError> {
     // ELF-64 header: e_phoff at 32, e_phentsize at 54, e_phnum at 56.
     let offset = u64_at(head, 32);
-    let size = usize::from(u16::from_le_bytes([byte(head, 54), byte(head, 55)]));
-    let count = usize::from(u16::from_le_bytes([byte(head, 56), byte(head, 57)]));
+    let size = u64::from(u16::from_le_bytes([byte(head, 54), byte(head, 55)]));
+    let count = u64::from(u16::from_le_bytes([byte(head, 56), byte(head, 57)]));
+    at_most("a program header, in bytes,", size, PROGRAM_HEADER_BYTES)?;
+    at_most("a number of program headers", count, PROGRAM_HEADERS_MAX)?;
     let mut table = Vec::new();
     image.seek(SeekFrom::Start(offset))?;
     Read::by_ref(image)
-        .take((size * count) as u64)
+        .take(size * count)
         .read_to_end(&mut table)?;
-    let mut segments = Vec::new();
-    for header in table.chunks_exact(size.max(1)) {
-        // Program header: p_type at 0, p_paddr at 24, p_memsz at 40.
-        let kind = u32::from_le_bytes([0, 1, 2, 3].map(|at| byte(header, at)));
-        if kind == PT_LOAD {
-            let start = u64_at(header, 24);
-            segments.push((start, start.saturating_add(u64_at(header, 40))));
-        }
+    // Program header: p_type at 0, p_offset at 8, p_paddr at 24, p_filesz at 32, p_memsz at 40.
+    let size = usize::try_from(size.max(1)).unwrap_or(usize::MAX);
+    let segments = table.chunks_exact(size).map(|header| Segment {
+        kind: u32::from_le_bytes([0, 1, 2, 3].map(|at| byte(header, at))),
+        file_start: u64_at(header, 8),
+        start: u64_at(header, 24),
+        file_bytes: u64_at(header, 32),
+        memory_bytes: u64_at(header, 40),
+    });
+    Ok(segments.collect())
+}
+
+fn at_most(what: &'static str, value: u64, most: u64) -> Result<(), KernelError> {
+    if value <= most {
+        Ok(())
+    } else {
+        Err(KernelError::Excess { what, value, most })
     }
-    Ok(segments)
 }
 
 /// A byte of a header; what lies beyond a truncated file reads as zero and is refused later.
@@ -178,12 +274,26 @@ fn load_bzimage<F>(
     memory: &GuestMemory,
     mem_size_bytes: u64,
     image: &mut F,
+    head: &[u8],
 ) -> Result<Kernel, KernelError>
 where
     F: Read + ReadVolatile + Seek,
 {
-    let size_bytes = image.seek(SeekFrom::End(0))?;
-    fits(HIMEM_ADDRESS + size_bytes, mem_size_bytes)?;
+    let file_bytes = image.seek(SeekFrom::End(0))?;
+    // setup_sects at 0x1f1, 4 where it is 0; syssize at 0x1f4, in paragraphs.
+    let setup_sectors = match byte(head, 0x1f1) {
+        0 => 4,
+        sectors => u64::from(sectors),
+    };
+    let paragraphs = u32::from_le_bytes([0x1f4, 0x1f5, 0x1f6, 0x1f7].map(|at| byte(head, at)));
+    let named_bytes = (setup_sectors + 1) * 512 + u64::from(paragraphs) * PARAGRAPH_BYTES;
+    if named_bytes > file_bytes {
+        return Err(KernelError::CutShort {
+            named_bytes,
+            file_bytes,
+        });
+    }
+    fits(HIMEM_ADDRESS.saturating_add(file_bytes), mem_size_bytes)?;
     let start = GuestAddress(HIMEM_ADDRESS);
     let loaded = BzImage::load(memory, Some(start), image, Some(start))?;
     let header = loaded.setup_header.ok_or(KernelError::UnknownFormat)?;
@@ -208,7 +318,7 @@ mod tests {
     use super::*;
     use crate::memory::ram::{Merger, Ram};
     use proptest::prelude::*;
-    use std::io::Cursor;
+    use std::io::{Cursor, Write};
     use vm_memory::Bytes;
 
     const MEM_SIZE_BYTES: u64 = 4 << 20;
@@ -283,6 +393,53 @@ mod tests {
             loaded(&outside),
             Err(KernelError::EntryOutside { .. })
         ));
+    }
+
+    #[test]
+    fn a_kernel_that_would_be_followed_for_hours_is_refused() {
+        let field = |at: usize, bytes: &[u8]| {
+            let mut image = elf(HIMEM_ADDRESS, HIMEM_ADDRESS, 8);
+            image[at..at + bytes.len()].copy_from_slice(bytes);
+            image
+        };
+        // A note that reaches to the end of a sparse file; no need for the file to be there.
+        let file = tempfile::tempfile().unwrap();
+        let mut note = field(64, &[4]);
+        note[96..104].copy_from_slice(&(4_u64 << 40).to_le_bytes());
+        (&file).write_all(&note).unwrap();
+        file.set_len(5 << 40).unwrap();
+        let ram = Ram::new(MEM_SIZE_BYTES, Merger::Nobody).unwrap();
+        let error = load(ram.memory(), MEM_SIZE_BYTES, &mut &file).unwrap_err();
+        ram.release().unwrap();
+        assert!(error.to_string().contains("notes"), "{error}");
+
+        let header_table = field(54, &[0xff; 4]);
+        let error = loaded(&header_table).unwrap_err();
+        assert!(matches!(error, KernelError::Excess { value: 0xffff, .. }));
+
+        let mut overlapping = field(56, &[100]);
+        overlapping.truncate(64);
+        let mut segment = elf(HIMEM_ADDRESS, HIMEM_ADDRESS, 2 << 20)[64..120].to_vec();
+        segment[8..16].fill(0);
+        overlapping.extend(segment.repeat(100));
+        let error = loaded(&overlapping).unwrap_err();
+        assert!(error.to_string().contains("loaded bytes"), "{error}");
+    }
+
+    #[test]
+    fn half_a_kernel_is_refused_with_both_sizes() {
+        let mut half = elf(HIMEM_ADDRESS, HIMEM_ADDRESS, 8);
+        half.truncate(124);
+        let error = loaded(&half).unwrap_err().to_string();
+        assert!(error.contains("128") && error.contains("124"), "{error}");
+
+        let mut image = vec![0; 0x1000];
+        image[0x1f1] = 1;
+        image[0x1f4] = 0xff;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        let named_bytes = 1024 + 255 * 16;
+        let error = loaded(&image).unwrap_err().to_string();
+        assert!(error.contains(&named_bytes.to_string()), "{error}");
     }
 
     proptest! {

@@ -29,6 +29,9 @@ pub enum BootError {
     /// The initrd could not be read. The caller names the file.
     #[error("cannot read it: {0}")]
     Initrd(#[source] std::io::Error),
+    /// The initrd is empty: the kernel would panic for want of a root file system.
+    #[error("is empty")]
+    InitrdEmpty,
     /// The initrd does not fit above the kernel.
     #[error(
         "of {size_bytes} bytes does not fit between the kernel's end at {kernel_end:#x} and the \
@@ -66,6 +69,9 @@ where
     let size_bytes = image
         .seek(std::io::SeekFrom::End(0))
         .map_err(BootError::Initrd)?;
+    if size_bytes == 0 {
+        return Err(BootError::InitrdEmpty);
+    }
     image.rewind().map_err(BootError::Initrd)?;
     // A bzImage says how high its initrd may reach (inclusive).
     let limit = kernel
@@ -175,5 +181,11 @@ mod tests {
         let error = placed(5000, end + 1).unwrap_err();
         assert!(error.to_string().contains("mem_size_mib"), "{error}");
         placed(8 << 20, HIMEM_ADDRESS).unwrap_err();
+    }
+
+    #[test]
+    fn an_empty_initrd_is_refused() {
+        let error = placed(0, HIMEM_ADDRESS).unwrap_err();
+        assert!(matches!(error, BootError::InitrdEmpty), "{error}");
     }
 }
