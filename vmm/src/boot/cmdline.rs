@@ -28,8 +28,11 @@ pub fn ordered_drives(config: &VmConfig) -> Vec<&Drive> {
     drives
 }
 
-/// Composes the command line: `boot_args`, `root=` for a root drive, one
+/// Composes the command line: `boot_args`, `root=` and `ro` or `rw` for a root drive, one
 /// `virtio_mmio.device=` for each device. What follows ` -- ` in `boot_args` stays at the end.
+///
+/// The user's words win: a `root=` of theirs keeps ours away, and so does a `ro` or `rw`. The kernel
+/// takes the last of several, which would be ours.
 ///
 /// # Errors
 /// [`CmdlineError`] when the whole is longer than [`CMDLINE_LEN_MAX`] or there are too many drives.
@@ -41,13 +44,37 @@ pub fn compose(config: &VmConfig) -> Result<Cmdline, CmdlineError> {
             Some(uuid) => format!("root=PARTUUID={uuid}"),
             None => "root=/dev/vda".to_owned(),
         };
-        cmdline.insert_str(root_arg)?;
-        cmdline.insert_str(if root.is_read_only { "ro" } else { "rw" })?;
+        let user = KernelWords::of(config.boot_source.boot_args());
+        if !user.any(|word| word.starts_with("root=")) {
+            cmdline.insert_str(root_arg)?;
+        }
+        if !user.any(|word| word == "ro" || word == "rw") {
+            cmdline.insert_str(if root.is_read_only { "ro" } else { "rw" })?;
+        }
     }
     for index in 0..drives.len() {
         cmdline.insert_str(Slot::new(index)?.kernel_parameter())?;
     }
     Ok(cmdline)
+}
+
+/// The words of a command line that are for the kernel: those before ` -- `, a quoted value in one
+/// piece (`lib/cmdline.c` of Linux, `next_arg`).
+struct KernelWords<'a>(Vec<&'a str>);
+
+impl<'a> KernelWords<'a> {
+    fn of(boot_args: &'a str) -> KernelWords<'a> {
+        let mut is_quoted = false;
+        let words = boot_args.split(move |c: char| {
+            is_quoted ^= c == '"';
+            c == ' ' && !is_quoted
+        });
+        KernelWords(words.take_while(|&word| word != "--").collect())
+    }
+
+    fn any(&self, is_meant: impl Fn(&str) -> bool) -> bool {
+        self.0.iter().any(|word| is_meant(word))
+    }
 }
 
 #[cfg(test)]
@@ -91,6 +118,32 @@ mod tests {
         config.drives[1].partuuid = Some("1234-01".to_owned());
         config.drives[1].is_read_only = true;
         assert!(text(&config).contains(" root=PARTUUID=1234-01 ro "));
+    }
+
+    #[test]
+    fn what_the_user_says_of_the_root_is_not_said_again() {
+        let mut config = VmConfig::new("k");
+        config.drives = vec![drive("rootfs", true)];
+        let mut composed = |boot_args: &str| {
+            config.boot_source.boot_args = Some(boot_args.to_owned());
+            let text = text(&config);
+            let (user, ours) = text.split_once(" virtio_mmio.device=").unwrap();
+            assert!(ours.starts_with("4K@"), "{text}");
+            user.to_owned()
+        };
+        assert_eq!(composed("root=/dev/vda1 quiet"), "root=/dev/vda1 quiet rw");
+        assert_eq!(composed("ro quiet"), "ro quiet root=/dev/vda");
+        assert_eq!(composed("rw root=LABEL=x"), "rw root=LABEL=x");
+        // Words that only look alike, words in quotes, and those for init say nothing of the root.
+        for boot_args in [
+            "rootfstype=ext4 rootwait",
+            "dyndbg=\"file ro +p\"",
+            "rows=ro",
+        ] {
+            let expected = format!("{boot_args} root=/dev/vda rw");
+            assert_eq!(composed(boot_args), expected);
+        }
+        assert_eq!(composed("quiet -- ro root=x"), "quiet root=/dev/vda rw");
     }
 
     #[test]
