@@ -336,8 +336,8 @@ fn refusal(error: &MonitorError) -> Fault {
     match error.kind() {
         ErrorKind::NotFound => Fault::not_found(message),
         ErrorKind::Conflict | ErrorKind::InvalidInput => Fault::bad_request(message),
-        // Firecracker knows no such refusal.
-        ErrorKind::NoRoom => Fault::conflict(message),
+        // Firecracker knows no such refusals.
+        ErrorKind::InUse | ErrorKind::NoRoom => Fault::conflict(message),
         ErrorKind::Internal => {
             log::error!("{message}");
             Fault::internal(message)

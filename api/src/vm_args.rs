@@ -37,10 +37,12 @@ pub struct VmArgs {
     #[arg(long, value_name = "N")]
     pub vcpus: Option<u8>,
 
-    /// A disk: a raw image file, read-only with `:ro` at its end; may be repeated
+    /// A disk: a raw image file; may be repeated
     ///
-    /// Without --initrd the first one is the root device.
-    #[arg(long = "drive", value_name = "PATH[:ro]")]
+    /// Options follow a colon, with commas between them: `ro` (the guest may not write), `root` and
+    /// `noroot` (whether the root file system is on it; without --initrd the first drive has it),
+    /// `nolock` (others may have the file open for writing at the same time).
+    #[arg(long = "drive", value_name = "PATH[:OPTION,...]")]
     pub drives: Vec<DriveArg>,
 
     /// The merge domain; VMs share memory only with those of the same domain
@@ -82,30 +84,50 @@ impl From<MergeArg> for MergeMode {
     }
 }
 
-/// `--drive`: a path, and whether the guest may write.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// `--drive`: a path, and after a last colon what is to be otherwise than by default.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DriveArg {
     /// The image file.
     pub path: PathBuf,
-    /// `:ro` was given.
+    /// `ro` was given.
     pub is_read_only: bool,
+    /// Whether `root` or `noroot` was given.
+    pub is_root_device: Option<bool>,
+    /// `nolock` was given.
+    pub is_unlocked: bool,
 }
 
 impl FromStr for DriveArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<DriveArg, String> {
-        let (path, is_read_only) = match text.strip_suffix(":ro") {
-            Some(path) => (path, true),
-            None => (text, false),
+        let is_option = |word| matches!(word, "ro" | "root" | "noroot" | "nolock");
+        // A path may have colons too: only what has nothing but options behind its last one ends there.
+        let (path, options) = match text.rsplit_once(':') {
+            Some((path, options)) if options.split(',').all(is_option) => (path, options),
+            _ => (text, ""),
         };
         if path.is_empty() {
             return Err("the path is empty".to_owned());
         }
-        Ok(DriveArg {
+        let mut drive = DriveArg {
             path: path.into(),
-            is_read_only,
-        })
+            ..DriveArg::default()
+        };
+        for option in options.split(',') {
+            match option {
+                "ro" => drive.is_read_only = true,
+                "nolock" => drive.is_unlocked = true,
+                "root" | "noroot" => {
+                    let is_root = option == "root";
+                    if drive.is_root_device.replace(is_root) == Some(!is_root) {
+                        return Err("root and noroot exclude each other".to_owned());
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(drive)
     }
 }
 
@@ -250,16 +272,23 @@ fn add_drives(args: &VmArgs, config: &mut Map<String, Value>) {
         .get("boot-source")
         .and_then(|boot| boot.get("initrd_path"))
         .is_some_and(|path| !path.is_null());
+    let has_root = args.drives.iter().any(|d| d.is_root_device == Some(true));
     let drives = config.entry("drives").or_insert_with(|| json!([]));
     if let Value::Array(drives) = drives {
         for drive in &args.drives {
             let number = drives.len();
-            drives.push(json!({
+            // The first drive is the root where nothing else can be, unless another says that it is.
+            let by_default = number == 0 && !has_initrd && !has_root;
+            let mut entry = json!({
                 "drive_id": format!("drive{number}"),
                 "path_on_host": drive.path,
-                "is_root_device": number == 0 && !has_initrd,
+                "is_root_device": drive.is_root_device.unwrap_or(by_default),
                 "is_read_only": drive.is_read_only,
-            }));
+            });
+            if drive.is_unlocked {
+                entry["samepage"] = json!({ "lock": false });
+            }
+            drives.push(entry);
         }
     }
 }
@@ -327,6 +356,32 @@ mod tests {
         assert!(drive.is_read_only);
         assert!(!"/a.img".parse::<DriveArg>().unwrap().is_read_only);
         ":ro".parse::<DriveArg>().unwrap_err();
+        let drive: DriveArg = "a.img:noroot,ro,nolock".parse().unwrap();
+        let expected = DriveArg {
+            path: "a.img".into(),
+            is_read_only: true,
+            is_root_device: Some(false),
+            is_unlocked: true,
+        };
+        assert_eq!(drive, expected);
+        let plain: DriveArg = "a:rot".parse().unwrap();
+        assert_eq!(plain.path, PathBuf::from("a:rot"));
+        "a.img:root,noroot".parse::<DriveArg>().unwrap_err();
+    }
+
+    #[test]
+    fn a_drive_may_say_that_it_has_the_root_or_has_not() {
+        let roots = |drives: &[&str]| -> Vec<bool> {
+            let args = VmArgs {
+                drives: drives.iter().map(|drive| drive.parse().unwrap()).collect(),
+                ..kernel("vmlinux")
+            };
+            let drives = to_config(&args).unwrap().drives;
+            drives.iter().map(|drive| drive.is_root_device).collect()
+        };
+        assert_eq!(roots(&["a", "b"]), [true, false]);
+        assert_eq!(roots(&["a", "b:root"]), [false, true]);
+        assert_eq!(roots(&["a:noroot", "b"]), [false, false]);
     }
 
     #[test]

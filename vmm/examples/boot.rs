@@ -41,6 +41,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
                     is_read_only: false,
                     partuuid: None,
                     cache_type: vmm::config::CacheType::Unsafe,
+                    samepage: vmm::config::DriveSamepage::default(),
                     io_engine: vmm::config::IoEngine::Sync,
                     rate_limiter: vmm::config::Unsupported::ABSENT,
                     socket: vmm::config::Unsupported::ABSENT,

@@ -53,7 +53,7 @@ pub(crate) fn attach(
     for (index, drive) in ordered_drives(config).into_iter().enumerate() {
         let slot = Slot::new(index)?;
         let label = format!("{}/{}", outside.id, drive.drive_id);
-        let disk = Disk::open(drive)?;
+        let disk = Disk::open_locked(drive)?;
         let device = attach_block(slot, &label, disk, Arc::new(memory.clone()))
             .map_err(StartError::EventFd)?;
         let id = plug_in(vm, mmio, &host.events, device, on_panic(outside, label))?;

@@ -120,6 +120,8 @@ pub enum ErrorKind {
     NotFound,
     /// The VM is not in a state that allows this.
     Conflict,
+    /// Something of the host that it needs is in use by another VM or program.
+    InUse,
     /// There is not enough memory for it now.
     NoRoom,
     /// The request can never work as it is.

@@ -34,6 +34,7 @@
 //! | `machine` | a running VM: assembly and teardown, in order | mechanism |
 //! | `drives` | the configuration's drives as devices | mechanism |
 //! | [`start`] | the files of a configuration, loaded | files |
+//! | `host_file` | files of the host, opened without side effects | files |
 //! | [`config`], [`id`] | the Firecracker config file; names | pure |
 //! | [`ksm`] | kernel KSM: whether it is there, what it tells | files |
 //! | [`info`], [`error`] | what is told about VMs and errors | pure |
@@ -77,6 +78,8 @@
 //!
 //! The event loop is waited for (to remove a subscriber) with none of these held.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod admission;
 pub mod boot;
 pub mod bus;
@@ -87,6 +90,7 @@ mod drives;
 pub mod error;
 pub mod events;
 mod guard;
+mod host_file;
 pub mod id;
 pub mod info;
 pub mod ksm;

@@ -11,6 +11,7 @@ use crate::bus::BusError;
 use crate::config::{ConfigError, MergeMode, VmConfig};
 use crate::error::ErrorKind;
 use crate::events::EventsError;
+use crate::host_file::{self, Allowed};
 use crate::ksm::{Ksm, KsmError};
 use crate::kvm::KvmError;
 use crate::kvm::vcpu::VcpuError;
@@ -87,6 +88,7 @@ impl StartError {
     /// Whose fault it is: what the request names is bad, or the host has not enough.
     pub fn kind(&self) -> ErrorKind {
         match self {
+            StartError::Disk(DiskError::Locked { .. }) => ErrorKind::InUse,
             StartError::Config(_)
             | StartError::File { .. }
             | StartError::Load { .. }
@@ -122,17 +124,11 @@ impl From<RamError> for StartError {
 ///
 /// Rejected: any file. A pipe or a device would make the monitor wait, maybe for ever.
 fn open(field: &'static str, path: &Path) -> Result<File, StartError> {
-    let failed = |error| StartError::File {
+    host_file::open(path, false, Allowed::Regular).map_err(|error| StartError::File {
         field,
         path: path.to_owned(),
         error,
-    };
-    // Looked at before it is opened: opening a pipe waits for a writer.
-    let metadata = std::fs::metadata(path).map_err(failed)?;
-    if !metadata.is_file() {
-        return Err(failed(std::io::Error::other("is not a regular file")));
-    }
-    File::open(path).map_err(failed)
+    })
 }
 
 /// Checks that the files are there, without loading them: what is known to fail at start should

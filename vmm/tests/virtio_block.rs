@@ -15,8 +15,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use guest::{BASE, Code, LONG, Lab, skip};
-use vmm::EndReason;
 use vmm::config::{CacheType, Drive};
+use vmm::{EndReason, ErrorKind, MonitorError, VmId};
 
 const SECTOR: usize = SECTOR_BYTES as usize;
 const SECTOR_BYTES: u32 = 512;
@@ -260,4 +260,64 @@ fn a_drive_that_cannot_be_opened_is_named_when_the_vm_is_created() {
     );
     assert!(error.to_string().starts_with(&expected), "{error}");
     assert!(lab.monitor.list().is_empty());
+}
+
+#[test]
+fn an_image_that_one_vm_may_write_is_no_other_vms() {
+    if skip() {
+        return;
+    }
+    let lab = Lab::new();
+    let image = lab.file("data", &four_sectors());
+    let start = |name: &str, is_read_only, lock| {
+        let mut config = lab.config(&Code::new().spin());
+        let mut drive = drive("data", &image, is_read_only);
+        drive.samepage.lock = lock;
+        config.drives = vec![drive];
+        let id: VmId = name.parse().unwrap();
+        lab.monitor.create(id.clone(), config).unwrap();
+        lab.monitor.start(&id).map(|()| id)
+    };
+    let refused = |started: Result<VmId, MonitorError>| {
+        let error = started.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        let path = format!("drives[data].path_on_host {}: locked", image.display());
+        assert!(error.to_string().contains(&path), "{error}");
+    };
+
+    let writer = start("writer", false, true).unwrap();
+    refused(start("second-writer", false, true));
+    refused(start("reader", true, true));
+    let careless = start("careless", false, false).unwrap();
+    for id in [writer, careless] {
+        lab.monitor.stop(&id).unwrap();
+        lab.end(&id);
+    }
+    let readers = ["reader-1", "reader-2"].map(|name| start(name, true, true).unwrap());
+    refused(start("late-writer", false, true));
+    for id in readers {
+        lab.monitor.stop(&id).unwrap();
+    }
+}
+
+#[test]
+fn one_vm_cannot_have_an_image_twice_for_writing() {
+    if skip() {
+        return;
+    }
+    let lab = Lab::new();
+    let image = lab.file("data", &four_sectors());
+    let mut config = lab.config(&Code::new().spin());
+    config.drives = ["one", "two"]
+        .map(|drive_id| drive(drive_id, &image, false))
+        .into();
+    let id: VmId = "vm".parse().unwrap();
+    lab.monitor.create(id.clone(), config).unwrap();
+    let error = lab.monitor.start(&id).unwrap_err();
+    assert!(error.to_string().contains("drives[two]"), "{error}");
+    // Nothing of the start that failed holds the lock.
+    let mut config = lab.config(&Code::new().spin());
+    config.drives = vec![drive("data", &image, false)];
+    let id = lab.start("other", config);
+    lab.monitor.stop(&id).unwrap();
 }

@@ -25,6 +25,9 @@ pub struct Drive {
     /// Whether the guest may ask for a flush to stable storage.
     #[serde(default)]
     pub cache_type: CacheType,
+    /// What is Samepage's own.
+    #[serde(default, skip_serializing_if = "DriveSamepage::is_default")]
+    pub samepage: DriveSamepage,
     /// How the file is read and written.
     #[serde(default)]
     pub io_engine: IoEngine,
@@ -34,6 +37,34 @@ pub struct Drive {
     /// Firecracker's vhost-user-blk socket.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub socket: Unsupported,
+}
+
+/// What is Samepage's own about a drive: the key `samepage`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveSamepage {
+    /// Whether the file is locked while the VM runs: nobody else may open it for writing, and nobody
+    /// else at all if the guest may write. Without it two VMs can destroy one image.
+    #[serde(default = "lock_by_default")]
+    pub lock: bool,
+}
+
+impl DriveSamepage {
+    fn is_default(&self) -> bool {
+        *self == DriveSamepage::default()
+    }
+}
+
+impl Default for DriveSamepage {
+    fn default() -> DriveSamepage {
+        DriveSamepage {
+            lock: lock_by_default(),
+        }
+    }
+}
+
+fn lock_by_default() -> bool {
+    true
 }
 
 /// Firecracker's `cache_type`.

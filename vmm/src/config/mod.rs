@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use drive::{CacheType, Drive, IoEngine};
+pub use drive::{CacheType, Drive, DriveSamepage, IoEngine};
 pub use machine::{HugePages, MEM_SIZE_MIB_MAX, MachineConfig, VCPU_COUNT_MAX};
 pub use merge_mode::MergeMode;
 pub use unsupported::Unsupported;

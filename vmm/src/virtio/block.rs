@@ -4,6 +4,7 @@
 //! offered where the drive is configured to honour it, `VIRTIO_BLK_F_RO` where it is read-only.
 
 mod disk;
+mod image_format;
 mod request;
 mod segments;
 

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Block, Disk, GuestMemory, Interrupt, QueueWorker, Transport};
 use crate::bus::MmioDevice;
-use crate::config::{CacheType, Drive, IoEngine, Unsupported};
+use crate::config::{CacheType, Drive, DriveSamepage, IoEngine, Unsupported};
 
 /// First bytes of memory, then a hole, then more: as around the hole below 4 GiB.
 pub(crate) const LOW_BYTES: usize = 0x8000;
@@ -36,6 +36,7 @@ pub fn drive(drive_id: &str, path: &Path, is_read_only: bool) -> Drive {
         is_read_only,
         partuuid: None,
         cache_type: CacheType::Unsafe,
+        samepage: DriveSamepage::default(),
         io_engine: IoEngine::Sync,
         rate_limiter: Unsupported::ABSENT,
         socket: Unsupported::ABSENT,

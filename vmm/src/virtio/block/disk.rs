@@ -1,9 +1,8 @@
 //! The raw file behind a block device.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use thiserror::Error;
 use vm_memory::{
@@ -12,8 +11,10 @@ use vm_memory::{
 };
 
 use super::super::GuestMemory;
+use super::image_format;
 use super::segments::{Segment, Segments};
 use crate::config::{CacheType, Drive};
+use crate::host_file::{self, Allowed};
 
 /// Bytes of a sector, whatever the file system below uses (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
@@ -48,6 +49,34 @@ pub enum DiskError {
         path: PathBuf,
         /// What it is.
         kind: &'static str,
+    },
+    /// Another VM, or another program, has the file open in a way that excludes this one.
+    #[error(
+        "drives[{drive_id}].path_on_host {}: locked by another vm or program, which {holder}; \
+         \"samepage\": {{\"lock\": false}} in the drive leaves the lock out",
+        path.display()
+    )]
+    Locked {
+        /// The drive.
+        drive_id: String,
+        /// What the configuration says.
+        path: PathBuf,
+        /// What the other side does to the file, as far as that is known.
+        holder: &'static str,
+    },
+    /// The file system has no locks, or refuses one.
+    #[error(
+        "drives[{drive_id}].path_on_host {}: cannot be locked: {source}; \
+         \"samepage\": {{\"lock\": false}} in the drive leaves the lock out",
+        path.display()
+    )]
+    Lock {
+        /// The drive.
+        drive_id: String,
+        /// What the configuration says.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
     },
 }
 
@@ -97,37 +126,25 @@ impl Disk {
     pub fn open(drive: &Drive) -> Result<Disk, DiskError> {
         let (drive_id, path) = (drive.drive_id.clone(), drive.path_on_host.clone());
         let is_read_only = drive.is_read_only;
-        let opened = open_file(&path, is_read_only).and_then(|mut file| {
-            let kind = unusable_kind(&file)?;
-            let size_bytes = if kind.is_none() {
-                file.seek(SeekFrom::End(0))?
-            } else {
-                0
-            };
-            Ok((file, kind, size_bytes))
-        });
+        let opened =
+            host_file::open(&path, !is_read_only, Allowed::Sectors).and_then(|mut file| {
+                let size_bytes = file.seek(SeekFrom::End(0))?;
+                Ok((file, size_bytes))
+            });
         let (file, size_bytes) = match opened {
-            Ok((file, None, size_bytes)) => (file, size_bytes),
-            Ok((_, Some(kind), _)) => {
-                return Err(DiskError::Kind {
-                    drive_id,
-                    path,
-                    kind,
-                });
-            }
-            // What a directory gives when opened for writing.
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
-                return Err(DiskError::Kind {
-                    drive_id,
-                    path,
-                    kind: "directory",
-                });
-            }
+            Ok(opened) => opened,
             Err(source) => {
-                return Err(DiskError::Open {
-                    drive_id,
-                    path,
-                    source,
+                return Err(match host_file::wrong_kind(&source) {
+                    Some(kind) => DiskError::Kind {
+                        drive_id,
+                        path,
+                        kind: kind.found,
+                    },
+                    None => DiskError::Open {
+                        drive_id,
+                        path,
+                        source,
+                    },
                 });
             }
         };
@@ -139,6 +156,13 @@ impl Disk {
                 path.display(),
             );
         }
+        if let Some(format) = image_format::of(&file) {
+            log::warn!(
+                "drives[{drive_id}].path_on_host {}: looks like a {format} image, and the guest is \
+                 given its bytes as they are: convert it to raw",
+                path.display(),
+            );
+        }
         let capacity_sectors = size_bytes / SECTOR_BYTES;
         Ok(Disk {
             file,
@@ -147,6 +171,36 @@ impl Disk {
             is_read_only,
             cache_type: drive.cache_type,
         })
+    }
+
+    /// Opens the drive's file as [`Disk::open`] does, and locks it until the disk is dropped, unless
+    /// the drive says `"lock": false`: for itself if the guest may write, else with other readers.
+    ///
+    /// # Errors
+    /// As [`Disk::open`]; [`DiskError::Locked`] when somebody else has it.
+    pub fn open_locked(drive: &Drive) -> Result<Disk, DiskError> {
+        let disk = Disk::open(drive)?;
+        if !drive.samepage.lock {
+            return Ok(disk);
+        }
+        let (drive_id, path) = (drive.drive_id.clone(), drive.path_on_host.clone());
+        match host_file::lock(&disk.file, !disk.is_read_only) {
+            Ok(()) => Ok(disk),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(DiskError::Locked {
+                drive_id,
+                path,
+                holder: if disk.is_read_only {
+                    "may write to it"
+                } else {
+                    "may read or write it"
+                },
+            }),
+            Err(source) => Err(DiskError::Lock {
+                drive_id,
+                path,
+                source,
+            }),
+        }
     }
 
     /// Whole sectors of 512 bytes.
@@ -262,24 +316,3 @@ impl Disk {
 /// A piece of guest memory; what is written to it is marked in the bitmap.
 type Slice<'a> =
     VolatileSlice<'a, vm_memory::bitmap::RefSlice<'a, vm_memory::bitmap::AtomicBitmap>>;
-
-fn open_file(path: &Path, is_read_only: bool) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(!is_read_only)
-        // A named pipe would be waited for here; on files and block devices the flag does nothing.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-}
-
-/// What the file is, where it is nothing with sectors.
-fn unusable_kind(file: &File) -> io::Result<Option<&'static str>> {
-    let kind = file.metadata()?.file_type();
-    Ok(match () {
-        () if kind.is_file() || kind.is_block_device() => None,
-        () if kind.is_dir() => Some("directory"),
-        () if kind.is_fifo() => Some("named pipe"),
-        () if kind.is_char_device() => Some("character device"),
-        () => Some("special file"),
-    })
-}
