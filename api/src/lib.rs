@@ -23,8 +23,8 @@
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
 //! | [`vm_args`] | the arguments that describe a VM, and the config they make |
-//! | [`descriptors`] | the limit of open files |
-//! | [`terminal`], [`table`], [`bytes`] | the user's side: keys in, columns and sizes out |
+//! | [`limits`] | of the process: open files, sizes of files |
+//! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
 //!
 //! # Locks
 //! Two of our own, `FrontDoor`'s roster and its lock of patches, never both; see [`front_door`].
@@ -36,19 +36,21 @@
 //! runs on tokio's blocking threads.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod bytes;
 pub mod cli;
 pub mod client;
 pub mod command;
 pub mod console_stream;
-pub mod descriptors;
 pub mod domain_name;
 pub mod fault;
 pub mod front_door;
 pub mod http10;
+pub mod limits;
 pub mod merge_report;
 pub mod model;
+pub mod note;
 pub mod reply;
 pub mod request;
 pub mod route;

@@ -1,6 +1,7 @@
 //! The `samepage` command.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use clap::Parser;
 use samepage::cli::Cli;
 use samepage::command;
+use samepage::note::note;
 
 /// How long the end of the process waits for requests that still run.
 const LAST_WAIT: Duration = Duration::from_secs(5);
@@ -21,7 +23,7 @@ fn main() -> ExitCode {
     {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("samepage: error: cannot start: {error}");
+            note(format_args!("error: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -31,7 +33,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("samepage: error: {error}");
+            note(format_args!("error: {error}"));
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,9 @@
 //! From method, path and body to a [`Request`]: pure, and the only place that knows the paths.
 
+use std::borrow::Cow;
+
 use hyper::Method;
+use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 use vmm::VmId;
 
@@ -30,8 +33,14 @@ pub const ROUTES: &[(&str, &str)] = &[
 /// 404 for an unknown path, 405 for a known path with another method, 400 for a bad id, a body
 /// where none belongs, and a body that is not the JSON this route takes.
 pub fn route(method: &Method, path: &str, body: &[u8]) -> Result<Request, Fault> {
-    // As in Firecracker, one slash at the end makes no difference.
-    let segments: Vec<&str> = path.split_terminator('/').collect();
+    // As in Firecracker, one slash at the end makes no difference. Decoded after it was cut into
+    // segments: an encoded slash is part of a name, and no name has one (RFC 3986, 2.2).
+    let segments: Result<Vec<_>, _> = path
+        .split_terminator('/')
+        .map(|segment| percent_decode_str(segment).decode_utf8())
+        .collect();
+    let segments =
+        segments.map_err(|error| Fault::bad_request(format!("{path}: not UTF-8: {error}")))?;
     let (template, name) = template_of(&segments)
         .ok_or_else(|| Fault::not_found(format!("{method} {path}: no such path")))?;
     let call = Call { method, path, body };
@@ -47,12 +56,12 @@ pub fn route(method: &Method, path: &str, body: &[u8]) -> Result<Request, Fault>
 }
 
 /// The route's template, and the text that stands for its `{id}` or `{domain}`.
-fn template_of<'a>(segments: &[&'a str]) -> Option<(&'static str, &'a str)> {
+fn template_of<'a>(segments: &'a [Cow<'_, str>]) -> Option<(&'static str, &'a str)> {
     ROUTES.iter().find_map(|&(_, template)| {
         let wanted: Vec<&str> = template.split('/').collect();
         let mut name = "";
         let fits = wanted.len() == segments.len()
-            && wanted.iter().zip(segments).all(|(&want, &have)| {
+            && wanted.iter().zip(segments).all(|(&want, have)| {
                 if want.starts_with('{') {
                     name = have;
                     return true;

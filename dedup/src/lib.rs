@@ -79,6 +79,8 @@
 //! `shared::models` runs all of this under loom, with every mistake that `mutant` names; the table
 //! of invariants is in ARCHITECTURE.md, section 4.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod advisor;
 mod backing;
 mod backoff;

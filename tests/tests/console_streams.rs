@@ -44,7 +44,7 @@ fn as_many_streams_as_there_may_be_hold_up_neither_requests_nor_the_servers_end(
         return;
     }
     // This process holds the other end of each.
-    samepage::descriptors::raise_limit().expect("descriptors for a thousand streams");
+    samepage::limits::raise().expect("descriptors for a thousand streams");
     let mut server = Server::start(&[]);
     let (idle, talker) = (KernelFile::new(IDLE), KernelFile::new(SAY_HI_AND_RESET));
     put_vm(&server, "idle", &idle);

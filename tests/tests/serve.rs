@@ -1,8 +1,11 @@
 //! The process of `samepage serve`: what it takes from its parent, and what it asks of the system.
 
+use std::time::Duration;
+
 use rustix::process::Signal;
-use samepage_tests::kvm;
 use samepage_tests::server::Server;
+use samepage_tests::wait::wait_until;
+use samepage_tests::{kvm, linux};
 use serde_json::json;
 
 #[test]
@@ -30,4 +33,71 @@ fn server_that_was_told_to_ignore_hang_ups_ignores_them() {
     assert_eq!(server.call("GET", "/vms", "").json(), json!([]));
     assert_eq!(server.stop(Signal::TERM).code(), Some(0));
     assert!(!server.socket().exists());
+}
+
+#[test]
+fn server_goes_on_where_standard_error_cannot_be_written() {
+    if !kvm::is_present() {
+        return;
+    }
+    let mut server = Server::start_after("exec 2>/dev/full", &[]);
+    // Logs a warning: this kernel is no kernel.
+    let config = json!({ "boot-source": { "kernel_image_path": "/dev/null" } });
+    let refused = server.call("PUT", "/vms/a", &config.to_string());
+    assert_eq!(refused.status, 400);
+    assert_eq!(server.stop(Signal::TERM).code(), Some(0));
+}
+
+#[test]
+fn commands_say_by_their_status_what_standard_error_cannot_take() {
+    let directory = tempfile::tempdir().unwrap();
+    let nobody = directory.path().join("nobody.sock");
+    let script = "\"$0\" ps 2>/dev/full; echo $?; \"$0\" nonsense 2>/dev/full; echo $?; \
+                  \"$0\" run --kernel /nonexistent 2>&1 >/dev/full | head -0; echo ${PIPESTATUS[0]}";
+    let output = std::process::Command::new("bash")
+        .args(["-c", script])
+        .arg(samepage_tests::binary::samepage())
+        .env("SAMEPAGE_SOCKET", &nobody)
+        .output()
+        .unwrap();
+    let statuses = String::from_utf8(output.stdout).unwrap();
+    // 101 would be a panic.
+    assert_eq!(statuses, "1\n2\n1\n");
+}
+
+#[test]
+fn write_past_the_limit_of_file_sizes_is_an_error_of_its_guest_and_not_the_servers_end() {
+    if !kvm::is_present() {
+        return;
+    }
+    // Above the pool of a merge domain, a sparse file of 512 GiB, and below the end of the disk.
+    let server = Server::start_after("ulimit -f $((600 << 21))", &[]);
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(700 << 30).unwrap();
+    let mut config = linux::running(
+        "dd if=/dev/zero of=/dev/vda bs=1M count=1 seek=1 conv=fsync,notrunc; echo low $?; \
+         dd if=/dev/zero of=/dev/vda bs=1M count=1 seek=665600 conv=fsync,notrunc; echo high $?",
+    );
+    config.drives = vec![
+        serde_json::from_value(json!({
+            "drive_id": "big", "path_on_host": image.path(), "is_root_device": false,
+        }))
+        .unwrap(),
+    ];
+    let config = serde_json::to_string(&config).unwrap();
+    server.done("PUT", "/vms/linux", &config);
+    server.done(
+        "PUT",
+        "/vms/linux/actions",
+        r#"{"action_type": "InstanceStart"}"#,
+    );
+    let mut console = String::new();
+    wait_until("the guest has written", Duration::from_secs(120), || {
+        let output = server.cli(&["console", "--history", "linux"]);
+        console = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        console.contains("\nhigh ")
+    });
+    assert!(console.contains("\nlow 0\n"), "{console}");
+    assert!(console.contains("\nhigh 1\n"), "{console}");
+    assert_eq!(server.call("GET", "/version", "").status, 200);
 }

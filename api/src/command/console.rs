@@ -7,6 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::cli::ConsoleArgs;
 use crate::client::{Client, ConsoleConnection};
 use crate::command::CommandError;
+use crate::note::note;
 use crate::terminal::{Key, Keyboard, RawTerminal};
 
 /// Shows the console until the VM ends or the user detaches.
@@ -24,13 +25,15 @@ pub async fn console(client: &Client, args: &ConsoleArgs) -> Result<(), CommandE
     }
     let is_terminal = RawTerminal::is_present();
     if is_terminal {
-        eprintln!("samepage: attached to {id}; Ctrl-A x detaches");
+        note(format_args!("attached to {id}; Ctrl-A x detaches"));
     }
     let terminal = RawTerminal::enter()?;
     let attached = attach(stream, Keyboard::open(is_terminal)?).await;
     drop(terminal);
     if is_terminal {
-        eprintln!("\nsamepage: detached from {id}");
+        // The guest may have left the cursor anywhere in a line.
+        let _ = writeln!(std::io::stderr());
+        note(format_args!("detached from {id}"));
     }
     attached
 }

@@ -10,6 +10,8 @@ use vmm::{Console, ConsoleRead, EndReason, Monitor, VmConfig, VmId};
 
 use crate::cli::RunArgs;
 use crate::command::CommandError;
+use crate::limits;
+use crate::note::note;
 use crate::terminal::{Key, Keyboard, RawTerminal};
 use crate::vm_args;
 
@@ -39,6 +41,8 @@ enum Cause {
 /// If the arguments make no VM, or it cannot start.
 pub async fn run(args: &RunArgs) -> Result<ExitCode, CommandError> {
     let config = vm_args::to_config(&args.vm)?;
+    limits::survive_large_files().map_err(CommandError::os("sigxfsz"))?;
+    limits::raise().map_err(CommandError::os("limits of the process"))?;
     let id: VmId = "run"
         .parse()
         .map_err(|e| CommandError::Other(format!("{e}")))?;
@@ -50,17 +54,18 @@ pub async fn run(args: &RunArgs) -> Result<ExitCode, CommandError> {
 
     let is_terminal = RawTerminal::is_present();
     if is_terminal {
-        eprintln!("samepage: Ctrl-A x ends the vm");
+        note(format_args!("Ctrl-A x ends the vm"));
     }
     let terminal = RawTerminal::enter()?;
     let cause = until_end(&console, is_terminal).await;
     let reason = end(monitor, id, matches!(cause, Ok(Cause::Vm))).await;
     drop(terminal);
     let (cause, reason) = (cause?, reason?);
-    eprintln!(
-        "{}samepage: vm ended: {reason}",
-        if is_terminal { "\n" } else { "" }
-    );
+    if is_terminal {
+        // The guest may have left the cursor anywhere in a line.
+        let _ = writeln!(std::io::stderr());
+    }
+    note(format_args!("vm ended: {reason}"));
     Ok(exit_code(cause, &reason))
 }
 

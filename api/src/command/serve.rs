@@ -10,8 +10,9 @@ use tokio::sync::oneshot;
 
 use crate::cli::ServeArgs;
 use crate::command::CommandError;
-use crate::descriptors;
 use crate::front_door::FrontDoor;
+use crate::limits;
+use crate::note::note;
 use crate::server;
 use crate::socket::ApiSocket;
 
@@ -24,8 +25,9 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(CommandError::os("sigint"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(CommandError::os("sigterm"))?;
     let mut hang_up = watch_hang_up()?;
-    if let Err(error) = descriptors::raise_limit() {
-        log::warn!("cannot raise the limit of open files, so fewer VMs fit: {error}");
+    limits::survive_large_files().map_err(CommandError::os("sigxfsz"))?;
+    if let Err(error) = limits::raise() {
+        log::warn!("cannot raise the limits of open files and file sizes: {error}");
     }
     let settings = dedup::Settings {
         run: dedup::Run::Merge,
@@ -47,7 +49,7 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     let listener = UnixListener::from_std(listener).map_err(CommandError::os("api socket"))?;
     // A parent process that holds our standard input knows, and has its own things to say.
     if !args.stop_on_stdin_end {
-        eprintln!("samepage: serving on {}", socket.path().display());
+        note(format_args!("serving on {}", socket.path().display()));
     }
 
     let stdin_end = watch_stdin(args.stop_on_stdin_end)?;

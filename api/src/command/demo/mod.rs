@@ -22,6 +22,7 @@ use crate::cli::DemoArgs;
 use crate::client::Client;
 use crate::command::{CommandError, print};
 use crate::model::{Domain, VmDescription};
+use crate::note::note;
 use crate::request::{ActionType, MergePatch};
 use guest::Guest;
 use progress::Progress;
@@ -58,7 +59,7 @@ pub async fn demo(args: &DemoArgs) -> Result<ExitCode, CommandError> {
     progress.end_line();
     server.stop().await;
     let Some(summary) = shown else {
-        eprintln!("samepage: demo interrupted");
+        note(format_args!("demo interrupted"));
         return Ok(ExitCode::from(130));
     };
     let summary = Summary {
