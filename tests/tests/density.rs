@@ -7,19 +7,25 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
+use samepage_tests::density::host::{HostError, HostSettings};
 use samepage_tests::density::model::{Engine, Report};
 use samepage_tests::density::report::disagreements;
-use samepage_tests::kvm;
 use samepage_tests::wait::{PATIENCE, wait_until};
+use samepage_tests::{binary, kvm};
 
 const KSM: &str = "/sys/kernel/mm/ksm";
 /// What the arm `ksm-fast` sets.
 const PAGES_TO_SCAN: &str = "5000";
 
-/// One benchmark at a time: it has the host's settings for itself.
+/// One benchmark at a time: it has the host's settings for itself. That of somebody else on this host
+/// is waited for.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    wait_until("no other benchmark runs", PATIENCE, || {
+        !matches!(HostSettings::open(), Err(HostError::InUse { .. }))
+    });
+    alone
 }
 
 /// Whether it can run here: it makes cgroups, and changes settings of the host that somebody else
@@ -88,24 +94,40 @@ fn density(arguments: &[&str]) -> Command {
     command
 }
 
+/// A benchmark that ends with its test whatever happens: one that is left over keeps all others out.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // A no-op if it has ended. Killed rather than asked: a test that failed must not also hang.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A run with kernel KSM that has changed the host's settings and has guests.
-fn running() -> Child {
+fn running() -> Running {
+    // Before any deadline: the benchmark builds the server if it is not there.
+    binary::samepage();
     let child = density(&["--workload", "phase", "--engine", "ksm-fast", "--vms", "2"])
         .stdout(Stdio::null())
         .spawn()
         .expect("the benchmark starts");
+    let mut running = Running(child);
     wait_until("the run has set its pace", PATIENCE, || {
+        let ended = running.0.try_wait().expect("look at the benchmark");
+        assert!(ended.is_none(), "the benchmark ended: {ended:?}");
         let pages = fs::read_to_string(format!("{KSM}/pages_to_scan"));
         pages.is_ok_and(|pages| pages.trim() == PAGES_TO_SCAN)
     });
     wait_until("the server has a socket", PATIENCE, || {
         named(&std::env::temp_dir()).any(|directory| directory.join("api.sock").exists())
     });
-    child
+    running
 }
 
-fn signal(child: &Child, signal: Signal) {
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+fn signal(running: &Running, signal: Signal) {
+    let pid = i32::try_from(running.0.id()).ok().and_then(Pid::from_raw);
     kill_process(pid.expect("a pid"), signal).expect("it is there");
 }
 
@@ -152,9 +174,9 @@ fn interrupted_run_leaves_the_host_as_it_was() {
     }
     let before = HostState::now();
     for how in [Signal::INT, Signal::TERM] {
-        let mut child = running();
-        signal(&child, how);
-        assert_eq!(child.wait().unwrap().code(), Some(130), "{how:?}");
+        let mut running = running();
+        signal(&running, how);
+        assert_eq!(running.0.wait().unwrap().code(), Some(130), "{how:?}");
         assert_eq!(HostState::now(), before, "{how:?}");
     }
 }
@@ -166,9 +188,9 @@ fn killed_run_is_undone_by_restore() {
         return;
     }
     let before = HostState::now();
-    let mut child = running();
-    signal(&child, Signal::KILL);
-    child.wait().unwrap();
+    let mut running = running();
+    signal(&running, Signal::KILL);
+    running.0.wait().unwrap();
     assert_ne!(HostState::now(), before);
 
     // Nobody measures on a host that is not as it was.
