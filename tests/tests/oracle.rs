@@ -145,5 +145,6 @@ fn stats_are_those_of_an_oracle_that_compares_every_page() {
     let below = VMS * layout::FIRST_PAGE_ADDRESS / layout::PAGE_BYTES;
     assert!((expected.pages_shared..expected.pages_shared + below).contains(&pages_shared));
     assert!((expected.pages_sharing..expected.pages_sharing + below).contains(&pages_sharing));
-    assert_eq!(number(&seen, "pages_zero"), expected.pages_zero, "{seen}");
+    let pages_zero = number(&seen, "pages_zero");
+    assert!((expected.pages_zero..expected.pages_zero + below).contains(&pages_zero));
 }
