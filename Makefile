@@ -24,7 +24,7 @@ help: ## List the targets
 density: ## Measure docs/density.md anew: real guests beside kernel KSM and beside no merging (an hour)
 	@$(STEPS) density packages guest density
 
-density-quick: ## The same with few guests, for a look: a table on the terminal, nothing is kept (8 minutes)
+density-quick: ## The same with few guests, for a look: a table on the terminal, nothing is kept (9 minutes)
 	@$(STEPS) density-quick packages guest density_quick
 
 demo: ## Build the release binary, run VMs on it and watch their memory merge
