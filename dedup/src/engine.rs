@@ -165,7 +165,10 @@ impl Engine {
 
     /// Counters of the domain as of the last batch.
     pub fn stats(&self) -> Stats {
-        self.shared.stats()
+        Stats {
+            mmap_write_locks: self.userfaultfd.mmap_write_locks(),
+            ..self.shared.stats()
+        }
     }
 
     /// Changes the memory that the domain may take; `None` for no budget. Nothing is taken away by

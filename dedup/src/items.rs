@@ -2,7 +2,7 @@
 
 use crate::backoff::{Backoff, Interval};
 use crate::item::{Item, PageState};
-use crate::page::{PageRange, PoolPage};
+use crate::page::{HUGE_PAGE_PAGES, PageRange, PoolPage};
 
 /// How many pages of a region are in each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,10 +25,16 @@ impl StateCounts {
     }
 }
 
-/// The items of one region. Only the holder of the worker mutex touches them.
+/// The items of one block of 512 pages.
+type Block = [Item; HUGE_PAGE_PAGES as usize];
+
+/// The items of one region. Only the holder of the worker mutex touches them. A block that nothing is
+/// known of takes a pointer.
 #[derive(Debug)]
 pub(crate) struct Items {
-    items: Vec<Item>,
+    blocks: Vec<Option<Box<Block>>>,
+    pages: u32,
+    known_blocks: u32,
     counts: StateCounts,
     vmas: u32,
     /// When state changes happen.
@@ -40,12 +46,11 @@ pub(crate) struct Items {
 impl Items {
     /// No page seen yet; the region is one VMA.
     pub(crate) fn new(pages: u32) -> Items {
-        let mut items = vec![Item::default(); pages as usize];
-        if let Some(first) = items.first_mut() {
-            *first = first.with_vma_start(true);
-        }
+        let blocks = pages.div_ceil(HUGE_PAGE_PAGES) as usize;
         Items {
-            items,
+            blocks: std::iter::repeat_with(|| None).take(blocks).collect(),
+            pages,
+            known_blocks: 0,
             counts: StateCounts::default(),
             vmas: 1,
             now: Interval::default(),
@@ -64,15 +69,44 @@ impl Items {
 
     /// Pages of the region.
     pub(crate) fn pages(&self) -> u32 {
-        u32::try_from(self.items.len()).unwrap_or(u32::MAX)
+        self.pages
     }
 
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        (self.items.len() * size_of::<Item>()) as u64
+        let known_bytes = self.known_blocks as usize * size_of::<Block>();
+        (known_bytes + self.blocks.len() * size_of::<Option<Box<Block>>>()) as u64
+    }
+
+    fn block(&self, page: u32) -> Option<&Block> {
+        self.blocks[(page / HUGE_PAGE_PAGES) as usize].as_deref()
+    }
+
+    fn item(&self, page: u32) -> Item {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        match self.block(page) {
+            Some(block) => block[(page % HUGE_PAGE_PAGES) as usize],
+            None => Item::default().with_vma_start(page == 0),
+        }
+    }
+
+    fn item_mut(&mut self, page: u32) -> &mut Item {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        let known_blocks = &mut self.known_blocks;
+        let block = self.blocks[(page / HUGE_PAGE_PAGES) as usize].get_or_insert_with(|| {
+            *known_blocks += 1;
+            let mut items = [Item::default(); HUGE_PAGE_PAGES as usize];
+            items[0] = items[0].with_vma_start(page < HUGE_PAGE_PAGES);
+            Box::new(items)
+        });
+        &mut block[(page % HUGE_PAGE_PAGES) as usize]
+    }
+
+    fn items_in(&self, range: &PageRange) -> impl Iterator<Item = Item> {
+        range.clone().map(|page| self.item(page))
     }
 
     pub(crate) fn state(&self, page: u32) -> PageState {
-        self.items[page as usize].state()
+        self.item(page).state()
     }
 
     pub(crate) fn in_pool_vma(&self, page: u32) -> bool {
@@ -81,88 +115,94 @@ impl Items {
 
     /// The page of the pool that a page is mapped to, written over or not.
     pub(crate) fn pool_page_under(&self, page: u32) -> Option<PoolPage> {
-        self.items[page as usize].pool_page_under()
-    }
-
-    /// The page of the pool that is to be tried first for a page that lies over none.
-    pub(crate) fn hint(&self, page: u32) -> Option<PoolPage> {
-        self.items[page as usize].hint()
-    }
-
-    pub(crate) fn set_hint(&mut self, page: u32, hint: PoolPage) {
-        let item = &mut self.items[page as usize];
-        *item = item.with_hint(hint);
+        self.item(page).pool_page_under()
     }
 
     /// Whether any page of the range lies in a mapping of the pool.
     pub(crate) fn any_in_pool_vma(&self, range: &PageRange) -> bool {
-        self.items[range.start as usize..range.end as usize]
-            .iter()
+        self.items_in(range)
             .any(|item| item.pool_page_under().is_some())
     }
 
+    /// The page of the pool that is to be tried first for a page that lies over none.
+    pub(crate) fn hint(&self, page: u32) -> Option<PoolPage> {
+        self.item(page).hint()
+    }
+
+    pub(crate) fn set_hint(&mut self, page: u32, hint: PoolPage) {
+        let item = self.item_mut(page);
+        *item = item.with_hint(hint);
+    }
+
     pub(crate) fn set_state(&mut self, page: u32, state: PageState) {
-        let item = &mut self.items[page as usize];
-        if let Some(count) = self.counts.of(item.state()) {
+        let before = self.item(page).state();
+        if (before, state) == (PageState::Untracked, PageState::Untracked) {
+            return;
+        }
+        if let Some(count) = self.counts.of(before) {
             *count -= 1;
         }
         if let Some(count) = self.counts.of(state) {
             *count += 1;
         }
-        *item = item.with_state_at(state, self.now, self.worth);
+        let (now, worth) = (self.now, self.worth);
+        let item = self.item_mut(page);
+        *item = item.with_state_at(state, now, worth);
     }
 
     pub(crate) fn backoff(&self, page: u32) -> Backoff {
-        self.items[page as usize].backoff()
+        self.item(page).backoff()
     }
 
     pub(crate) fn set_backoff(&mut self, page: u32, backoff: Backoff) {
-        let item = &mut self.items[page as usize];
+        let item = self.item_mut(page);
         *item = item.with_backoff(backoff);
     }
 
     /// VMAs that begin in a range.
     pub(crate) fn vmas_in(&self, range: &PageRange) -> u32 {
-        let items = &self.items[range.start as usize..range.end as usize];
-        count(items, |item| item.starts_vma())
+        count(self.items_in(range), |item| item.starts_vma())
     }
 
     /// Pages of a range that are mapped to a stable page.
     pub(crate) fn stable_in(&self, range: &PageRange) -> u32 {
-        let items = &self.items[range.start as usize..range.end as usize];
-        count(items, |item| matches!(item.state(), PageState::Stable(_)))
+        count(self.items_in(range), |item| {
+            matches!(item.state(), PageState::Stable(_))
+        })
     }
 
     /// VMAs that the region would take more if `range` were mapped anew as one (may be negative).
     pub(crate) fn vmas_added_by_remap(&self, range: &PageRange) -> i64 {
-        let starts = |page: u32| self.items.get(page as usize).map(|item| item.starts_vma());
-        let inside = (range.start..range.end)
-            .filter(|&page| starts(page) == Some(true))
-            .count();
-        let after = i64::from(starts(range.end) == Some(false));
-        1 + after - i64::try_from(inside).unwrap_or(i64::MAX)
+        let after = range.end < self.pages && !self.item(range.end).starts_vma();
+        1 + i64::from(after) - i64::from(self.vmas_in(range))
     }
 
     /// Records that `range` is now one mapping of its own, of the pool from `first` on, or of none.
     pub(crate) fn remap(&mut self, range: &PageRange, first: Option<PoolPage>) {
         let added = self.vmas_added_by_remap(range);
-        for page in range.start..range.end {
-            let item = &mut self.items[page as usize];
+        for page in range.clone() {
             let under = first.map(|first| first.plus(page - range.start));
+            let item = self.item_mut(page);
             *item = item
                 .with_pool_page(under)
                 .with_vma_start(page == range.start);
         }
-        if let Some(next) = self.items.get_mut(range.end as usize) {
+        if range.end < self.pages {
+            let next = self.item_mut(range.end);
             *next = next.with_vma_start(true);
         }
         self.vmas = u32::try_from(i64::from(self.vmas) + added).unwrap_or(0);
     }
 
+    fn known_pages(&self) -> impl Iterator<Item = (u32, Item)> {
+        let blocks = (0u32..).step_by(HUGE_PAGE_PAGES as usize).zip(&self.blocks);
+        let known = blocks.filter_map(|(first, block)| Some((first, block.as_deref()?)));
+        known.flat_map(|(first, block)| (first..self.pages).zip(*block))
+    }
+
     /// Pages that are mapped to a stable page, with that page.
     pub(crate) fn stable(&self) -> impl Iterator<Item = (u32, PoolPage)> {
-        (0u32..)
-            .zip(&self.items)
+        self.known_pages()
             .filter_map(|(page, item)| match item.state() {
                 PageState::Stable(pool_page) => Some((page, pool_page)),
                 _ => None,
@@ -175,8 +215,8 @@ impl Items {
     }
 }
 
-fn count(items: &[Item], is_it: impl Fn(Item) -> bool) -> u32 {
-    u32::try_from(items.iter().filter(|&&item| is_it(item)).count()).unwrap_or(u32::MAX)
+fn count(items: impl Iterator<Item = Item>, is_it: impl Fn(Item) -> bool) -> u32 {
+    u32::try_from(items.filter(|&item| is_it(item)).count()).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
@@ -184,12 +224,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PAGES: u32 = 64;
+    /// Two blocks, the second of them not whole.
+    const PAGES: u32 = HUGE_PAGE_PAGES + 64;
 
     proptest! {
         #[test]
         fn counts_and_vmas_equal_a_recount(
-            steps in proptest::collection::vec((0..PAGES, 1..8u32, 0..5u8, any::<bool>()), 1..200)
+            steps in proptest::collection::vec((HUGE_PAGE_PAGES - 40..PAGES, 1..8u32, 0..5u8, any::<bool>()), 1..200)
         ) {
             let mut items = Items::new(PAGES);
             for (page, len, kind, pool) in steps {
@@ -211,9 +252,20 @@ mod tests {
             prop_assert_eq!(counts.zero_pages, count(|s| s == PageState::Zero));
             prop_assert_eq!(counts.volatile_pages, count(|s| matches!(s, PageState::Volatile { .. })));
             prop_assert_eq!(counts.unshared_pages, count(|s| matches!(s, PageState::Unshared { .. })));
-            let starts = items.items.iter().filter(|item| item.starts_vma()).count();
-            prop_assert_eq!(items.vmas() as usize, starts);
+            prop_assert_eq!(items.vmas(), items.vmas_in(&(0..PAGES)));
             prop_assert_eq!(items.stable().count(), counts.stable_pages as usize);
         }
+    }
+
+    #[test]
+    fn pages_that_nothing_is_known_of_take_next_to_no_memory() {
+        let mut items = Items::new(1 << 28);
+        assert!(items.metadata_bytes() <= 4 << 20, "1 TiB");
+        let empty_bytes = items.metadata_bytes();
+        items.set_state(77, PageState::Untracked);
+        assert_eq!(items.metadata_bytes(), empty_bytes);
+        items.set_state(1000, PageState::Zero);
+        assert_eq!(items.metadata_bytes(), empty_bytes + 4096);
+        assert_eq!(items.state(1001), PageState::Untracked);
     }
 }

@@ -31,6 +31,10 @@ pub struct Stats {
     pub full_scans: u64,
     /// Merges that were not made for want of VMAs, in pages.
     pub pages_over_vma_budget: u64,
+    /// System calls of the engine that took the lock on the process's address space for writing:
+    /// mapping calls and registrations. Guests' page faults wait for those.
+    #[serde(default)]
+    pub mmap_write_locks: u64,
     /// CPU time that the worker has taken, in microseconds.
     pub worker_cpu_us: u64,
     /// Registered regions, those still to be finished by the worker included.

@@ -103,6 +103,23 @@ fn equal_pages_of_two_regions_are_shared_and_still_read_the_same() {
 }
 
 #[test]
+fn calls_that_page_faults_wait_for_are_counted() {
+    let engine = engine(Run::Merge);
+    let registered = engine.stats().mmap_write_locks;
+    let regions = [region(&engine, 64), region(&engine, 64)];
+    assert_eq!(engine.stats().mmap_write_locks, registered + 2);
+    for region in &regions {
+        fill(region, 1..=64);
+    }
+    assert_eq!(settle(&engine).pages_sharing, 64);
+    let merged = engine.stats().mmap_write_locks;
+    // A mapping and a registration for each region.
+    assert!(merged >= registered + 2 + 4, "{merged}");
+    settle(&engine);
+    assert_eq!(engine.stats().mmap_write_locks, merged, "at rest");
+}
+
+#[test]
 fn a_write_breaks_the_sharing_for_the_writer_alone() {
     let engine = engine(Run::Merge);
     let (one, other) = (region(&engine, 64), region(&engine, 64));

@@ -61,6 +61,7 @@ impl LinuxMemory {
     /// Puts a new private mapping over `range`, of the pool's `first` page on or of nothing.
     fn remap(&self, range: &PageRange, pool: Option<(&LinuxPool, PoolPage)>) -> io::Result<()> {
         may_fail!("mmap");
+        self.userfaultfd.note_mapping_call();
         let (start, len_bytes) = self.span(range);
         let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let (flags, fd, offset_bytes) = match pool {
@@ -86,6 +87,7 @@ impl LinuxMemory {
     /// The mapping is the caller's, as long as the range, shows what the range shows, and is used by
     /// nobody afterwards.
     unsafe fn move_here(&self, staging: *mut u8, range: &PageRange) -> io::Result<()> {
+        self.userfaultfd.note_mapping_call();
         let (start, len_bytes) = self.span(range);
         let shift = || {
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;

@@ -23,6 +23,7 @@ impl Staging {
         pages: u32,
         userfaultfd: &Userfaultfd,
     ) -> io::Result<Staging> {
+        userfaultfd.note_mapping_call();
         let len_bytes = pages_to_bytes(pages);
         let offset = libc::off_t::try_from(pages_to_bytes(first.0)).map_err(io::Error::other)?;
         // SAFETY: no address is given, so no existing mapping is touched.

@@ -11,6 +11,7 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use linux_raw_sys::general::{
     __NR_userfaultfd, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, uffdio_api,
@@ -37,7 +38,12 @@ const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 
 /// An open userfaultfd, agreed on write protection of anonymous and pool pages.
 #[derive(Debug)]
-pub(crate) struct Userfaultfd(OwnedFd);
+pub(crate) struct Userfaultfd {
+    fd: OwnedFd,
+    /// Calls made on behalf of its regions for which the kernel takes the lock on the address space
+    /// for writing: guests' page faults wait for those.
+    mmap_write_locks: AtomicU64,
+}
 
 impl Userfaultfd {
     /// Opens one by `/dev/userfaultfd`, whose file mode says who may, else by the system call.
@@ -51,7 +57,10 @@ impl Userfaultfd {
                 | UFFD_FEATURE_WP_UNPOPULATED,
             ioctls: 0,
         };
-        let opened = Userfaultfd(fd);
+        let opened = Userfaultfd {
+            fd,
+            mmap_write_locks: AtomicU64::new(0),
+        };
         opened.ioctl(UFFDIO_API, &mut api)?;
         Ok(opened)
     }
@@ -100,10 +109,22 @@ impl Userfaultfd {
     /// Takes back what a range was registered for, protection included, and wakes who sleeps in it.
     /// Parts that are not registered are no error.
     pub(super) fn unregister(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
+        self.note_mapping_call();
         self.ioctl(UFFDIO_UNREGISTER, &mut range(start, len_bytes))
     }
 
+    /// Counts a call that maps, moves or unmaps a range.
+    pub(super) fn note_mapping_call(&self) {
+        self.mmap_write_locks.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Calls that took the lock on the address space for writing.
+    pub(crate) fn mmap_write_locks(&self) -> u64 {
+        self.mmap_write_locks.load(Ordering::Relaxed)
+    }
+
     fn register_for(&self, mode: u32, start: *mut u8, len_bytes: usize) -> io::Result<()> {
+        self.note_mapping_call();
         let mut register = uffdio_register {
             range: range(start, len_bytes),
             mode: u64::from(mode),
@@ -207,7 +228,7 @@ impl Userfaultfd {
         // - `argument` is valid for reads and writes for the length of the call.
         // - The requests change protection bits of this process, never the content of memory, but
         //   for `UFFDIO_COPY`, whose caller vouches for it.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), libc::c_ulong::from(request), argument) })
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::c_ulong::from(request), argument) })
     }
 }
 
