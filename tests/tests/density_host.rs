@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
+use rustix::time::{ClockId, clock_gettime};
 use samepage_tests::cgroup::Hierarchy;
 use samepage_tests::density::host::journal::ProcessId;
 use samepage_tests::density::host::left_over::restore_left_over_in;
@@ -27,6 +28,8 @@ const MAPS: &str = "SAMEPAGE_TEST_MAPS";
 /// What [`a_process_that_takes_memory`] takes.
 const TAKEN: &str = "SAMEPAGE_TEST_TAKEN_BYTES";
 const TAKEN_BYTES: u64 = 64 * MIB;
+/// CPU time that it takes, however fast the host is.
+const LEAST_CPU_TIME: Duration = Duration::from_millis(100);
 const MIB: u64 = 1 << 20;
 
 /// A directory with the files of a host that has some of KSM's settings.
@@ -235,17 +238,14 @@ fn the_kernel_takes_every_arm_and_a_group_counts_what_its_processes_take() {
                 Err(HostError::Missing { path, .. }) => eprintln!("no {}", path.display()),
                 Err(error) => panic!("{engine}: {error}"),
             }
+            // May be changed only while nothing is merged, by whichever process of the host.
+            let max_sharing = settings.get(Setting::KsmMaxPageSharing).expect("a value");
+            if engine == Engine::Off && max_sharing.is_some() {
+                settings
+                    .set(Setting::KsmMaxPageSharing, "300")
+                    .expect("the kernel takes it");
+            }
         }
-    }
-    // May be changed only while nothing is merged.
-    if settings
-        .get(Setting::KsmMaxPageSharing)
-        .expect("a value")
-        .is_some()
-    {
-        settings
-            .set(Setting::KsmMaxPageSharing, "300")
-            .expect("the kernel takes it");
     }
     for thp in [Thp::Always, Thp::Madvise] {
         settings.apply_thp(thp).expect("the kernel takes it");
@@ -334,6 +334,11 @@ fn a_process_that_takes_memory() {
         return;
     };
     let memory = vec![1_u8; bytes.parse().expect("a number")];
+    // Several of the ticks that the kernel counts a process's time in.
+    let cpu = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("a time");
+    while cpu() < LEAST_CPU_TIME {
+        assert!(memory.iter().all(|&byte| byte == 1));
+    }
     std::io::stdin()
         .read_line(&mut String::new())
         .expect("the end");
@@ -355,7 +360,11 @@ fn a_group_counts_what_its_processes_take(settings: &mut HostSettings) {
         usage.memory().expect("counters").anon_bytes >= TAKEN_BYTES
     });
     let mut sampler = Sampler::new(child.id(), &group, Instant::now()).expect("a sampler");
-    let sample = sampler.look(Detail::Full).expect("it runs");
+    let mut sample = sampler.look(Detail::Full).expect("it runs");
+    wait_until("the kernel tells of its CPU time", PATIENCE, || {
+        sample = sampler.look(Detail::Full).expect("it runs");
+        sample.cpu.server_s > 0.0
+    });
     let memory = sample.memory;
     assert!(memory.usage_bytes >= memory.anon_bytes, "{sample:?}");
     assert!(memory.kernel_bytes > 0, "page tables: {sample:?}");
@@ -370,7 +379,6 @@ fn a_group_counts_what_its_processes_take(settings: &mut HostSettings) {
         sample.vmas > 10 && sample.context_switches > 0,
         "{sample:?}"
     );
-    assert!(sample.cpu.server_s > 0.0, "{sample:?}");
     let quick = sampler.look(Detail::Quick).expect("it runs");
     assert_eq!(quick.pss_bytes, None);
     drop(child.stdin.take());
