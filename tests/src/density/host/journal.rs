@@ -97,9 +97,21 @@ fn boot_id() -> Result<String, HostError> {
 #[derive(Debug)]
 pub(crate) struct JournalFile {
     directory: PathBuf,
-    lock: File,
+    lock: Lock,
     /// The lock that the engine's own benchmark against kernel KSM takes too.
-    _ksm_lock: Option<File>,
+    _ksm_lock: Option<Lock>,
+}
+
+/// A file that is locked until this is dropped.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Not left to the descriptor's end: a child that was forked just now has it too, until it
+        // becomes its program. To unlock one is to unlock all (flock(2)).
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
 }
 
 impl JournalFile {
@@ -125,7 +137,7 @@ impl JournalFile {
             let opened = File::open(&directory).map_err(HostError::io("open", &directory))?;
             let lock = locked(opened, &directory)?;
             // Whoever had it before may have removed it between the two lines above.
-            if is_at(&lock, &directory) {
+            if is_at(&lock.0, &directory) {
                 return Ok(JournalFile {
                     directory,
                     lock,
@@ -176,6 +188,7 @@ impl JournalFile {
         let path = self.path();
         fs::rename(&draft, &path).map_err(HostError::io("write", &path))?;
         self.lock
+            .0
             .sync_all()
             .map_err(HostError::io("write", &self.directory))
     }
@@ -218,9 +231,9 @@ fn directory(root: &Root) -> Result<PathBuf, HostError> {
     }
 }
 
-fn locked(file: File, path: &Path) -> Result<File, HostError> {
+fn locked(file: File, path: &Path) -> Result<Lock, HostError> {
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(HostError::InUse {
             path: path.to_owned(),
         }),
