@@ -178,10 +178,16 @@ impl Comparison {
 
     /// Part of a file name that no other comparison of a report with one limit and fleet has.
     pub fn file_part(&self) -> String {
-        match self.thp {
-            Thp::Madvise => self.workload.to_string(),
-            Thp::Always => format!("{}-thp-always", self.workload),
-        }
+        let thp = match self.thp {
+            Thp::Madvise => "",
+            Thp::Always => "-thp-always",
+        };
+        // A storm knows no other fleet.
+        let fleet = match self.fleet {
+            Fleet::UntilFull(_) if self.workload != Workload::Storm => "-until-full",
+            _ => "",
+        };
+        format!("{}{thp}{fleet}", self.workload)
     }
 }
 

@@ -90,6 +90,8 @@ async fn in_group(
     settings.apply_engine(arm.engine)?;
     settings.apply_thp(arm.thp)?;
     findings.settings = settings.snapshot()?;
+    let unread = RunError::os("reading the guests' files");
+    images.read_into_page_cache().map_err(unread)?;
     let group = Group::new(arm.memory_limit_bytes, settings)?;
     record.phase("starting the server");
     let mut server = Server::start(&group, settings).await?;

@@ -86,17 +86,21 @@ async fn merged(engine: Engine, client: &Client) -> Merged {
 /// What kernel KSM says (`Documentation/admin-guide/mm/ksm.rst`). It is one for the whole host, but
 /// all was unmerged before the run, and nobody else's memory is expected to be mergeable.
 fn ksm(directory: &Path) -> Merged {
-    let read = |file: &str| {
-        let text = std::fs::read_to_string(directory.join(file));
-        // A kernel before 6.10 does not count zero pages.
-        text.ok()
-            .and_then(|text| text.trim().parse().ok())
-            .unwrap_or(0)
-    };
+    // A kernel before 6.10 does not count zero pages.
+    let read = |file: &str| number(&directory.join(file)).unwrap_or(0);
     Merged {
         given_back: read("pages_sharing") + read("ksm_zero_pages"),
         shared: read("pages_shared"),
     }
+}
+
+/// How often kernel KSM has been through all memory.
+pub(crate) fn ksm_scans() -> u64 {
+    number(&Path::new(KSM).join("full_scans")).unwrap_or(0)
+}
+
+fn number(file: &Path) -> Option<u64> {
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use super::error::RunError;
 use super::record::{Counts, GuestIndex, Record};
 use super::rest::is_at_rest;
+use super::sampling::ksm_scans;
 use super::wait::poll_until;
 use super::watch;
 use crate::density::guests::{Images, Kind};
@@ -18,6 +19,9 @@ use crate::density::model::{Arm, Engine, Latency};
 
 /// How long memory at rest is measured.
 const MEASURED: Duration = Duration::from_secs(10);
+/// Scans of kernel KSM that begin or end after the guests are ready, before its memory is at rest: it
+/// merges a page that two scans have found unchanged. Its slow settings change little in seconds.
+const KSM_SCANS: u64 = 3;
 /// Longest wait for one guest to be ready, and for each more: boots share the CPUs.
 const READY_TIME: Duration = Duration::from_secs(120);
 const READY_TIME_EACH: Duration = Duration::from_secs(15);
@@ -54,7 +58,7 @@ impl Stage {
     pub(crate) async fn launch(&mut self, kind: Kind) -> Result<Option<GuestIndex>, RunError> {
         let number = self.record.counts().asked;
         let id = format!("{}-{number:03}", kind.name());
-        let config = self.images.config(kind, self.arm.engine);
+        let config = self.images.config(kind, self.arm);
         let index = self.record.asked(id.clone());
         let begun = Instant::now();
         let launched = match self.client.create_vm(&id, &config).await {
@@ -174,7 +178,10 @@ impl Stage {
     pub(crate) async fn rest(&mut self) {
         let since_s = self.record.now_s();
         self.record.phase("waiting for memory to come to rest");
-        let calm = |record: &Record| is_at_rest(&record.usage(), since_s, record.now_s());
+        let scans = ksm_scans() + KSM_SCANS;
+        let has_scanned = || !self.arm.engine.is_ksm() || ksm_scans() >= scans;
+        let calm =
+            |record: &Record| has_scanned() && is_at_rest(&record.usage(), since_s, record.now_s());
         // Who does not come to rest is measured all the same, later than the others: the marks tell.
         self.wait_for(self.rest_time(), calm).await;
         self.record.mark("at rest");
@@ -185,7 +192,7 @@ impl Stage {
     /// The longest wait for rest. The slow settings of KSM need minutes for a large fleet.
     fn rest_time(&self) -> Duration {
         Duration::from_secs(match self.arm.engine {
-            Engine::KsmDefaults | Engine::KsmAdvisor => 120,
+            Engine::KsmDefaults | Engine::KsmAdvisor => 180,
             Engine::Off | Engine::KsmFast | Engine::Samepage => 60,
         })
     }

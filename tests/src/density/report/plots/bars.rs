@@ -10,7 +10,7 @@ use super::sheet::{
 };
 use crate::density::model::{Engine, Fleet};
 use crate::density::report::quantity::{Quantity, Unit, number};
-use crate::density::report::summary::{Column, Comparison};
+use crate::density::report::summary::{Column, Comparison, size};
 
 type Plane<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
@@ -147,7 +147,7 @@ pub(super) fn by_workload(
 fn group_names(comparison: &Comparison) -> [String; 2] {
     let fleet = match comparison.fleet {
         Fleet::Vms(vms) => format!("{vms}, "),
-        Fleet::UntilFull(_) => String::new(),
+        Fleet::UntilFull(_) => format!("{}, ", size(comparison.memory_limit_bytes)),
     };
     let second = format!("{fleet}THP {}", comparison.thp);
     [comparison.workload.to_string(), second]
