@@ -2,6 +2,9 @@
 //!
 //! Input has flow control: what the 64-byte FIFO cannot take waits in a bounded queue and follows
 //! as the guest reads; beyond that the writer is told how much was taken.
+//!
+//! A driver throws away what it finds in the FIFO when it begins. So input also waits until the
+//! guest has the receive interrupt on, or polls the line status for it.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -23,6 +26,21 @@ pub(crate) const IRQ: u32 = 4;
 /// vm-superio's receive FIFO.
 const FIFO_BYTES: usize = 64;
 
+/// Registers, by their offset; the second one only while the divisor latch is closed.
+const DATA: u16 = 0;
+const INTERRUPT_ENABLE: u16 = 1;
+const LINE_CONTROL: u16 = 3;
+const LINE_STATUS: u16 = 5;
+/// In the line control: the first two registers are the divisor's.
+const DIVISOR_LATCH: u8 = 0x80;
+/// In the interrupt enable register: an interrupt for received data.
+const RECEIVE_INTERRUPT: u8 = 1;
+/// What drivers write there for a moment, to see which bits stay.
+const ALL_INTERRUPTS: u8 = 0x0f;
+/// Reads of the line status, with none of another register but the data's, by which a guest polls for
+/// input. A guest that prints reads it once before each byte.
+const POLLS: u32 = 16;
+
 /// Most input that waits for the guest, beside the FIFO.
 const PENDING_BYTES_MAX: usize = 4096;
 
@@ -37,6 +55,45 @@ pub(crate) struct SerialPort {
 struct Uart {
     serial: Serial<IrqLine, NoEvents, ConsoleOut>,
     pending: VecDeque<u8>,
+    readiness: Readiness,
+}
+
+/// Whether the guest is ready for input, by what it does to the registers.
+#[derive(Debug, Default)]
+struct Readiness {
+    is_latch_open: bool,
+    has_interrupt: bool,
+    /// The interrupt is on, and nothing else was done since: it may be a test of the register.
+    is_in_doubt: bool,
+    polls: u32,
+}
+
+impl Readiness {
+    fn note_read(&mut self, offset: u16) {
+        match offset {
+            LINE_STATUS => self.polls = self.polls.saturating_add(1),
+            DATA => {}
+            _ => self.polls = 0,
+        }
+        self.is_in_doubt &= offset == INTERRUPT_ENABLE;
+    }
+
+    fn note_write(&mut self, offset: u16, value: u8) {
+        self.polls = 0;
+        self.is_in_doubt &= offset == INTERRUPT_ENABLE;
+        match offset {
+            LINE_CONTROL => self.is_latch_open = value & DIVISOR_LATCH != 0,
+            INTERRUPT_ENABLE if !self.is_latch_open => {
+                self.has_interrupt = value & RECEIVE_INTERRUPT != 0;
+                self.is_in_doubt = value & ALL_INTERRUPTS == ALL_INTERRUPTS;
+            }
+            _ => {}
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.has_interrupt && !self.is_in_doubt || self.polls >= POLLS
+    }
 }
 
 #[derive(Debug)]
@@ -61,6 +118,7 @@ impl SerialPort {
         let uart = Mutex::new(Uart {
             serial,
             pending: VecDeque::new(),
+            readiness: Readiness::default(),
         });
         let port = Arc::new(SerialPort {
             uart,
@@ -78,21 +136,28 @@ impl SerialPort {
     /// Serves a read of register `offset` (0 to 7).
     pub(crate) fn read(&self, offset: u16) -> u8 {
         let mut uart = self.lock();
+        uart.readiness.note_read(offset);
         let value = uart.serial.read(register(offset));
+        self.refill(uart);
+        value
+    }
+
+    fn refill(&self, mut uart: MutexGuard<'_, Uart>) {
         if uart.refill() {
             drop(uart);
             self.console.input_room();
         }
-        value
     }
 
     /// Serves a write of register `offset` (0 to 7).
     pub(crate) fn write(&self, offset: u16, value: u8) {
-        let written = self.lock().serial.write(register(offset), value);
-        if let Err(error) = written {
+        let mut uart = self.lock();
+        uart.readiness.note_write(offset, value);
+        if let Err(error) = uart.serial.write(register(offset), value) {
             // The console takes everything, so this is the interrupt: the guest polls at worst.
             log::warn!("serial port: {error}");
         }
+        self.refill(uart);
     }
 
     /// Connects the interrupt line by `register`.
@@ -116,7 +181,8 @@ impl Uart {
     ///
     /// Rejected: topping the FIFO up at every read, an interrupt per byte instead of one per 64.
     fn refill(&mut self) -> bool {
-        if self.pending.is_empty() || self.serial.fifo_capacity() < FIFO_BYTES {
+        let is_due = !self.pending.is_empty() && self.readiness.is_ready();
+        if !is_due || self.serial.fifo_capacity() < FIFO_BYTES {
             return false;
         }
         let (front, _) = self.pending.as_slices();
@@ -137,7 +203,7 @@ impl InputSink for SerialPort {
     fn write_input(&self, input: &[u8]) -> Result<usize, ConsoleError> {
         let mut uart = self.lock();
         let mut taken = 0;
-        if uart.pending.is_empty() {
+        if uart.pending.is_empty() && uart.readiness.is_ready() {
             taken = match uart.serial.enqueue_raw_bytes(input) {
                 Ok(taken) => taken,
                 Err(SerialError::FullFifo) => 0,
@@ -156,13 +222,54 @@ impl InputSink for SerialPort {
 mod tests {
     use super::*;
 
-    const DATA: u16 = 0;
-    const LINE_STATUS: u16 = 5;
-    const INTERRUPT_ENABLE: u16 = 1;
-
-    fn port() -> (Arc<SerialPort>, Console) {
+    /// The port as a guest has it that has begun nothing yet.
+    fn fresh_port() -> (Arc<SerialPort>, Console) {
         let console = Console::new();
         (SerialPort::new(IrqLine::new().unwrap(), &console), console)
+    }
+
+    /// The port of a guest that is ready for input.
+    fn port() -> (Arc<SerialPort>, Console) {
+        let (port, console) = fresh_port();
+        port.write(INTERRUPT_ENABLE, RECEIVE_INTERRUPT);
+        (port, console)
+    }
+
+    fn read_all(port: &SerialPort) -> Vec<u8> {
+        let mut read = Vec::new();
+        while port.read(LINE_STATUS) & 1 != 0 {
+            read.push(port.read(DATA));
+        }
+        read
+    }
+
+    #[test]
+    fn a_driver_that_begins_finds_none_of_the_input_and_then_all_of_it() {
+        let (port, console) = fresh_port();
+        assert_eq!(console.write_input(b"exit\n"), Ok(5));
+        // As Linux does (`autoconfig` and `serial8250_do_startup` of 8250_port.c).
+        port.write(INTERRUPT_ENABLE, 0);
+        port.write(INTERRUPT_ENABLE, ALL_INTERRUPTS);
+        port.read(INTERRUPT_ENABLE);
+        port.write(INTERRUPT_ENABLE, 0);
+        port.write(LINE_CONTROL, DIVISOR_LATCH);
+        port.write(INTERRUPT_ENABLE, 1);
+        port.write(LINE_CONTROL, 3);
+        for register in [LINE_STATUS, DATA, 2, 6, LINE_STATUS, DATA] {
+            port.read(register);
+        }
+        assert_eq!(port.read(LINE_STATUS) & 1, 0);
+        port.write(INTERRUPT_ENABLE, 5);
+        assert_eq!(read_all(&port), b"exit\n");
+    }
+
+    #[test]
+    fn a_guest_that_polls_gets_input_without_interrupts() {
+        let (port, console) = fresh_port();
+        console.write_input(b"k").unwrap();
+        let polled = (0..=POLLS).any(|_| port.read(LINE_STATUS) & 1 != 0);
+        assert!(polled);
+        assert_eq!(port.read(DATA), b'k');
     }
 
     #[test]
@@ -179,11 +286,7 @@ mod tests {
             .map(|i| u8::try_from(i % 251).unwrap())
             .collect();
         assert_eq!(console.write_input(&text), Ok(text.len()));
-        let mut read = Vec::new();
-        while port.read(LINE_STATUS) & 1 != 0 {
-            read.push(port.read(DATA));
-        }
-        assert_eq!(read, text);
+        assert_eq!(read_all(&port), text);
     }
 
     #[test]
@@ -200,7 +303,6 @@ mod tests {
     #[test]
     fn input_raises_the_interrupt_when_the_guest_asked_for_it() {
         let (port, console) = port();
-        port.write(INTERRUPT_ENABLE, 1);
         console.write_input(b"z").unwrap();
         assert_eq!(port.with_irq(|irq| irq.event().read()).unwrap(), 1);
     }
