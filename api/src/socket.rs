@@ -6,10 +6,13 @@
 //! place: the rename also replaces a stale socket in one step.
 //!
 //! Whoever puts a socket there, or takes it away, holds the lock of its directory: what was found
-//! there is then still there.
+//! there is then still there. Whoever may read the directory can take its lock too, and keep it. So a
+//! server that does not get it in time goes on without: that is unsafe only beside a server that does
+//! the same at the same moment. Rejected: a lock file, which would be left behind.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -63,6 +66,13 @@ impl ApiSocket {
     /// [`SocketError::InUse`] if a server answers there, [`SocketError::NotASocket`] if the path
     /// is taken by a file of another kind, and whatever the system refuses.
     pub fn bind(path: &Path) -> Result<(ApiSocket, UnixListener), SocketError> {
+        ApiSocket::bind_within(path, LOCK_TIME)
+    }
+
+    fn bind_within(
+        path: &Path,
+        lock_time: Duration,
+    ) -> Result<(ApiSocket, UnixListener), SocketError> {
         let os = |what| {
             move |source: io::Error| SocketError::Os {
                 path: path.to_owned(),
@@ -76,7 +86,7 @@ impl ApiSocket {
         // Two servers that start at once must not both find the socket stale: whoever holds the
         // directory's lock looks and binds, the other then finds a live server.
         let parent = directory_of(path);
-        let _lock = lock(parent, LOCK_TIME).map_err(os("lock its directory"))?;
+        let _lock = lock(parent, lock_time).map_err(os("open its directory"))?;
         refuse_live(path)?;
 
         let private = tempfile::Builder::new()
@@ -85,7 +95,7 @@ impl ApiSocket {
             .tempdir_in(parent)
             .map_err(os("make a directory beside it"))?;
         let nascent = private.path().join("s");
-        let listener = UnixListener::bind(&nascent).map_err(os("bind"))?;
+        let listener = bind_in(private.path()).map_err(os("bind"))?;
         std::fs::set_permissions(&nascent, std::fs::Permissions::from_mode(0o600))
             .map_err(os("set its mode"))?;
         let metadata = std::fs::metadata(&nascent).map_err(os("look at it"))?;
@@ -102,8 +112,8 @@ impl ApiSocket {
         &self.path
     }
 
-    /// Removes the file if it is still ours. Not without the directory's lock: another server may
-    /// be putting its own there between our look and the removal.
+    /// Removes the file if it is still ours. Under the directory's lock: another server may be
+    /// putting its own there between our look and the removal.
     fn remove(&self, lock_time: Duration) -> io::Result<()> {
         let _lock = lock(directory_of(&self.path), lock_time)?;
         let ours = std::fs::symlink_metadata(&self.path)
@@ -124,6 +134,13 @@ impl Drop for ApiSocket {
     }
 }
 
+/// Binds a socket `s`. By way of a descriptor of its directory: the directory's own path is longer than
+/// the final one, which the kernel may just accept (`sun_path` of unix(7)).
+fn bind_in(directory: &Path) -> io::Result<UnixListener> {
+    let opened = File::open(directory)?;
+    UnixListener::bind(format!("/proc/self/fd/{}/s", opened.as_raw_fd()))
+}
+
 fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -131,17 +148,20 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// Locks a directory for as long as the file lives.
+/// Locks a directory for as long as the file lives, if nobody else keeps its lock for `time`.
 fn lock(directory: &Path, time: Duration) -> io::Result<File> {
     let deadline = Instant::now() + time;
-    let directory = File::open(directory)?;
+    let opened = File::open(directory)?;
     loop {
-        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(directory),
+        match flock(&opened, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(opened),
             Err(Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
             Err(Errno::WOULDBLOCK) => {
-                let message = format!("another process has held its lock for {time:?}");
-                return Err(io::Error::new(io::ErrorKind::TimedOut, message));
+                log::warn!(
+                    "{}: another process has held its lock for {time:?}; going on without",
+                    directory.display()
+                );
+                return Ok(opened);
             }
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -206,21 +226,40 @@ mod tests {
     }
 
     #[test]
-    fn socket_is_not_removed_while_another_server_may_be_putting_its_own_there() {
+    fn socket_is_bound_and_removed_although_somebody_keeps_the_directorys_lock() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let (socket, listener) = ApiSocket::bind(&path).unwrap();
-        drop(listener);
-        let others = lock(dir.path(), Duration::ZERO).unwrap();
-        let error = socket.remove(Duration::ZERO).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
-        assert!(path.exists());
-        // Nor is one bound meanwhile.
-        let error = lock(dir.path(), Duration::ZERO).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
-        drop(others);
-        drop(socket);
+        let others = File::open(dir.path()).unwrap();
+        flock(&others, FlockOperation::LockExclusive).unwrap();
+        let (socket, _listener) = ApiSocket::bind_within(&path, Duration::ZERO).unwrap();
+        UnixStream::connect(&path).unwrap();
+        socket.remove(Duration::ZERO).unwrap();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn server_waits_for_the_directorys_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let others = lock(dir.path(), Duration::ZERO).unwrap();
+        let binding = thread::spawn({
+            let path = path.clone();
+            move || ApiSocket::bind_within(&path, Duration::from_secs(600)).map(drop)
+        });
+        // It cannot be there while the lock is held, however long the thread takes to begin.
+        assert!(!path.exists());
+        drop(others);
+        binding.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn path_may_be_as_long_as_the_kernel_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        // `sun_path` has 108 bytes, the last of them a zero.
+        let name = "s".repeat(107 - dir.path().as_os_str().len() - 1);
+        let path = dir.path().join(name);
+        let (_socket, _listener) = ApiSocket::bind(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
     }
 
     #[test]
