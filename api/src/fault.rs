@@ -1,5 +1,7 @@
 //! What went wrong, as a client sees it.
 
+use std::time::Duration;
+
 use hyper::StatusCode;
 use serde::{Deserialize, Serialize};
 
@@ -62,6 +64,14 @@ impl Fault {
         Fault::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("the request body is larger than the limit of {limit_bytes} bytes"),
+        )
+    }
+
+    /// 408: the body did not come within `time`.
+    pub fn too_slow(time: Duration) -> Fault {
+        Fault::new(
+            StatusCode::REQUEST_TIMEOUT,
+            format!("the request body did not come within {time:?}"),
         )
     }
 

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hyper::StatusCode;
+use tokio::sync::OwnedSemaphorePermit;
 use vmm::config::VmConfig;
 use vmm::{Console, ErrorKind, MergeDomain, Monitor, MonitorError, VmId};
 
@@ -25,6 +26,7 @@ use crate::domain_name::DomainName;
 use crate::fault::Fault;
 use crate::merge_report;
 use crate::model::{Domain, Version, VmDescription};
+use crate::places::Places;
 use crate::reply::Reply;
 use crate::request::{ActionType, DesiredState, MergePatch, Request};
 
@@ -33,6 +35,7 @@ use crate::request::{ActionType, DesiredState, MergePatch, Request};
 pub struct FrontDoor {
     roster: Mutex<Roster>,
     patching: Mutex<()>,
+    places: Places,
     settings: dedup::Settings,
 }
 
@@ -56,6 +59,7 @@ impl FrontDoor {
         FrontDoor {
             roster: Mutex::default(),
             patching: Mutex::default(),
+            places: Places::default(),
             settings,
         }
     }
@@ -72,6 +76,30 @@ impl FrontDoor {
             residence.is_declared = true;
         }
         Ok(())
+    }
+
+    /// A place among the requests of its domain, to be kept until `request` is done.
+    ///
+    /// # Errors
+    /// 503 if too many are in hand.
+    pub async fn place_for(&self, request: &Request) -> Result<OwnedSemaphorePermit, Fault> {
+        self.places.take(self.domain_of(request)).await
+    }
+
+    /// The domain whose monitor carries `request` out; `None` for those of the whole server.
+    fn domain_of(&self, request: &Request) -> Option<DomainName> {
+        match request {
+            Request::Version | Request::OpenApi | Request::ListVms | Request::ListDomains => None,
+            Request::CreateVm(id, config) => Some(domain_for(id, config)),
+            Request::DescribeVm(id)
+            | Request::DeleteVm(id)
+            | Request::ActOnVm(id, _)
+            | Request::SetVmState(id, _)
+            | Request::DescribeVmConfig(id)
+            | Request::DescribeVmMerge(id)
+            | Request::VmConsole(id) => self.roster().vms.get(id).cloned(),
+            Request::DescribeDomain(name) | Request::PatchDomain(name, _) => Some(name.clone()),
+        }
     }
 
     /// Does what `request` asks for. May take long: not for an async thread.
@@ -163,10 +191,10 @@ impl FrontDoor {
     }
 
     fn create(&self, id: &VmId, config: VmConfig) -> Result<Reply, Fault> {
-        let name = match &config.samepage.merge_domain {
-            Some(domain) => DomainName::Named(domain.clone()),
-            None => DomainName::Private(id.clone()),
-        };
+        // Before a monitor is made for it, which takes threads, descriptors and mappings.
+        let refused = |error| Fault::bad_request(format!("vm {id}: {error}"));
+        config.validate().map_err(refused)?;
+        let name = domain_for(id, &config);
         let monitor = self.roster().admit(id, &name, &self.settings)?;
         if let Err(error) = monitor.create(id.clone(), config) {
             let emptied = self.roster().dismiss(id);
@@ -327,6 +355,14 @@ impl Roster {
         };
         self.domains.insert(name.clone(), residence);
         Ok(monitor)
+    }
+}
+
+/// The domain of a VM that is to be created.
+fn domain_for(id: &VmId, config: &VmConfig) -> DomainName {
+    match &config.samepage.merge_domain {
+        Some(domain) => DomainName::Named(domain.clone()),
+        None => DomainName::Private(id.clone()),
     }
 }
 

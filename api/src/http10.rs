@@ -54,6 +54,15 @@ impl Relabeller {
         }
     }
 
+    /// Whether a request has begun whose head has not ended.
+    pub fn is_in_head(&self) -> bool {
+        match self.place {
+            Place::RequestLine => !self.line.is_empty(),
+            Place::Headers => true,
+            Place::Body { .. } | Place::Through => false,
+        }
+    }
+
     /// Works on the next bytes of the stream.
     pub fn relabel(&mut self, bytes: &mut [u8]) {
         let mut at = 0;
@@ -168,6 +177,22 @@ mod tests {
             relabelled(&stream, 5),
             stream.replace("HTTP/1.0", "HTTP/1.1")
         );
+    }
+
+    #[test]
+    fn head_is_from_the_first_byte_of_a_request_to_its_empty_line() {
+        let mut relabeller = Relabeller::new();
+        let mut is_in_head = |text: &str| {
+            relabeller.relabel(&mut text.as_bytes().to_vec());
+            relabeller.is_in_head()
+        };
+        assert!(!is_in_head(""));
+        assert!(is_in_head("PU"));
+        assert!(is_in_head("T / HTTP/1.1\r\nContent-Length: 2\r\n"));
+        assert!(!is_in_head("\r\n{"));
+        assert!(!is_in_head("}"));
+        assert!(is_in_head("G"));
+        assert!(!is_in_head("ET / HTTP/1.1\r\n\r\n"));
     }
 
     #[test]

@@ -19,21 +19,23 @@
 //! | [`merge_report`] | what is told of merging, by the engine and by kernel KSM |
 //! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
 //! | [`server`], [`socket`], [`console_stream`] | the unix socket and HTTP on it |
+//! | [`connections`], [`places`] | how many connections there may be, and requests in hand at a time |
 //! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
 //! | [`vm_args`] | the arguments that describe a VM, and the config they make |
-//! | [`limits`] | of the process: open files, sizes of files |
+//! | [`limits`], [`signals`] | of the process: open files, sizes of files; what ends it |
 //! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
 //!
 //! # Locks
-//! Two of our own, `FrontDoor`'s roster and its lock of patches, never both; see [`front_door`].
+//! Three of our own, `FrontDoor`'s roster, its lock of patches and its places, one at a time; see
+//! [`front_door`].
 //! No lock of a monitor is taken under the roster but those inside `Monitor::new`, and under the
 //! other only the engine's control.
 //!
 //! # Threads
 //! hyper and console streams run on tokio's threads; whatever may block (a VM's start, an unmerge)
-//! runs on tokio's blocking threads.
+//! runs on tokio's blocking threads: at most one for each connection.
 
 #![forbid(unsafe_code)]
 #![warn(clippy::print_stdout, clippy::print_stderr)]
@@ -42,6 +44,7 @@ pub mod bytes;
 pub mod cli;
 pub mod client;
 pub mod command;
+pub mod connections;
 pub mod console_stream;
 pub mod domain_name;
 pub mod fault;
@@ -51,10 +54,12 @@ pub mod limits;
 pub mod merge_report;
 pub mod model;
 pub mod note;
+pub mod places;
 pub mod reply;
 pub mod request;
 pub mod route;
 pub mod server;
+pub mod signals;
 pub mod socket;
 pub mod table;
 pub mod terminal;

@@ -11,7 +11,7 @@ use samepage::cli::Cli;
 use samepage::command;
 use samepage::note::note;
 
-/// How long the end of the process waits for requests that still run.
+/// How long the end of the process waits for requests that still run, if all is well so far.
 const LAST_WAIT: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
@@ -28,7 +28,10 @@ fn main() -> ExitCode {
         }
     };
     let done = runtime.block_on(command::execute(cli));
-    runtime.shutdown_timeout(LAST_WAIT);
+    match &done {
+        Ok(_) => runtime.shutdown_timeout(LAST_WAIT),
+        Err(_) => runtime.shutdown_background(),
+    }
     match done {
         Ok(code) => code,
         Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,

@@ -62,7 +62,8 @@ impl Fault {
             let allow = HeaderValue::from_static(allow);
             response.headers_mut().insert(ALLOW, allow);
         }
-        if self.status == StatusCode::PAYLOAD_TOO_LARGE {
+        let is_unread = [StatusCode::PAYLOAD_TOO_LARGE, StatusCode::REQUEST_TIMEOUT];
+        if is_unread.contains(&self.status) {
             // The rest of the body is not read, so this connection has no next request.
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);

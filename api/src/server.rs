@@ -14,8 +14,8 @@ use hyper::{Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 
+use crate::connections::{Connections, Turn};
 use crate::console_stream::ConsoleStreams;
 use crate::fault::Fault;
 use crate::front_door::FrontDoor;
@@ -27,53 +27,59 @@ use crate::wire::Wire;
 /// Largest request body; Firecracker's default limit (`HTTP_MAX_PAYLOAD_SIZE`).
 pub const BODY_MAX_BYTES: usize = 51200;
 
+/// Largest head of a request, and what is read of a connection ahead of time.
+const HEAD_MAX_BYTES: usize = 16 << 10;
+/// How long a body may take to come, once its head is there.
+const BODY_TIME: Duration = Duration::from_secs(10);
+/// Waits between two tries to accept where there are no descriptors left: twice as long each time.
+const ACCEPT_RETRY: Duration = Duration::from_millis(10);
+const ACCEPT_RETRY_MAX: Duration = Duration::from_secs(1);
+
 /// How much of a body beyond the limit is still taken off the wire and thrown away, so that a
 /// client which writes all before it reads gets to see the reply.
 const DISCARD_MAX_BYTES: u64 = 16 << 20;
 const DISCARD_MAX_TIME: Duration = Duration::from_secs(2);
 
+/// How long the end of all VMs may take when the server stops. A VM can hang on storage that does not
+/// answer; it ends with the process then.
+pub const CLOSE_TIME: Duration = Duration::from_secs(20);
 /// How long open connections may take to finish when the server stops. Nothing else of its end
 /// waits for a client.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
 
-/// Serves until `stop` is done; then ends all VMs and lets open requests and streams finish.
+/// The VMs did not all end when the server was told to stop.
+#[derive(Debug, thiserror::Error)]
+#[error("not all vms ended within {CLOSE_TIME:?}")]
+pub struct NotClosed;
+
+/// Serves until `stop` is done; then ends all VMs and lets open requests and streams finish. Errors
+/// of single connections are logged.
 ///
 /// # Errors
-/// If the listener fails for good. Errors of single connections are logged.
+/// If a VM hangs at its end.
 pub async fn serve(
     listener: UnixListener,
     door: Arc<FrontDoor>,
     stop: impl Future<Output = ()>,
-) -> std::io::Result<()> {
+) -> Result<(), NotClosed> {
     let (stopping, stopped) = watch::channel(false);
-    let mut connections = JoinSet::new();
+    let mut connections = Connections::default();
     let streams = ConsoleStreams::default();
     let mut stop = std::pin::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    let house = (Arc::clone(&door), streams.clone());
-                    connections.spawn(converse(stream, house, stopped.clone()));
-                }
-                // Out of file descriptors: the next connection may find one again.
-                Err(error) => {
-                    log::warn!("api socket: cannot accept: {error}");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            },
-            Some(_) = connections.join_next() => {}
+            stream = accept(&listener) => connections.add(stream, |stream, turn| {
+                let house = (Arc::clone(&door), streams.clone());
+                converse(stream, turn, house, stopped.clone())
+            }),
         }
     }
     drop(listener);
-    let closing = tokio::task::spawn_blocking(move || door.close());
-    if let Err(error) = closing.await {
-        log::error!("closing the merge domains: {error}");
-    }
+    close(door).await?;
     stopping.send_replace(true);
     let farewell = async {
-        while connections.join_next().await.is_some() {}
+        connections.ended().await;
         // With their VMs they have ended; what those said last is still on its way.
         streams.ended().await;
     };
@@ -83,19 +89,56 @@ pub async fn serve(
     Ok(())
 }
 
+/// The next connection.
+async fn accept(listener: &UnixListener) -> UnixStream {
+    let mut retry = ACCEPT_RETRY;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            // Out of file descriptors: the next try may find one again.
+            Err(error) => {
+                if retry == ACCEPT_RETRY {
+                    log::warn!("api socket: cannot accept: {error}");
+                }
+                tokio::time::sleep(retry).await;
+                retry = ACCEPT_RETRY_MAX.min(2 * retry);
+            }
+        }
+    }
+}
+
+/// Ends all VMs.
+async fn close(door: Arc<FrontDoor>) -> Result<(), NotClosed> {
+    let closing = tokio::task::spawn_blocking(move || door.close());
+    match tokio::time::timeout(CLOSE_TIME, closing).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => {
+            log::error!("closing the merge domains: {error}");
+            Ok(())
+        }
+        Err(_) => Err(NotClosed),
+    }
+}
+
 async fn converse(
     stream: UnixStream,
+    turn: Arc<Turn>,
     (door, streams): (Arc<FrontDoor>, ConsoleStreams),
     mut stopped: watch::Receiver<bool>,
 ) {
     let service = service_fn(move |request| {
-        let (door, streams) = (Arc::clone(&door), streams.clone());
-        async move { Ok::<_, Infallible>(answer(&door, &streams, request).await) }
+        let (door, streams, turn) = (Arc::clone(&door), streams.clone(), Arc::clone(&turn));
+        async move {
+            let response = answer(&door, &streams, &turn, request).await;
+            turn.is_clients();
+            Ok::<_, Infallible>(response)
+        }
     });
     let connection = http1::Builder::new()
         .auto_date_header(false)
         .title_case_headers(true)
         .half_close(true)
+        .max_buf_size(HEAD_MAX_BYTES)
         .serve_connection(TokioIo::new(Wire::new(stream)), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
@@ -116,10 +159,11 @@ async fn converse(
 async fn answer(
     door: &Arc<FrontDoor>,
     streams: &ConsoleStreams,
+    turn: &Turn,
     request: hyper::Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let answered = answer_or_fault(door, streams, request).await;
+    let answered = answer_or_fault(door, streams, turn, request).await;
     let response = answered.unwrap_or_else(|fault| {
         if fault.status == StatusCode::INTERNAL_SERVER_ERROR {
             log::error!("{method} {path}: {}", fault.message);
@@ -133,10 +177,15 @@ async fn answer(
 async fn answer_or_fault(
     door: &Arc<FrontDoor>,
     streams: &ConsoleStreams,
+    turn: &Turn,
     request: hyper::Request<Incoming>,
 ) -> Result<Response<Full<Bytes>>, Fault> {
     let (mut parts, body) = request.into_parts();
-    let body = read_body(body).await?;
+    let body = match tokio::time::timeout(BODY_TIME, read_body(body)).await {
+        Ok(body) => body?,
+        Err(_) => return Err(Fault::too_slow(BODY_TIME)),
+    };
+    turn.is_servers();
     let request = route(&parts.method, parts.uri.path(), &body)?;
     let wants_stream = parts.headers.get(UPGRADE).is_some_and(|protocol| {
         protocol
@@ -152,8 +201,14 @@ async fn answer_or_fault(
         streams.open(upgrade, console)?;
         return Ok(reply::switch_to_console());
     }
+    let place = door.place_for(&request).await?;
     let door = Arc::clone(door);
-    let handled = tokio::task::spawn_blocking(move || door.handle(request)).await;
+    let handle = move || {
+        let reply = door.handle(request);
+        drop(place);
+        reply
+    };
+    let handled = tokio::task::spawn_blocking(handle).await;
     let reply = handled.map_err(|error| Fault::internal(format!("request failed: {error}")))??;
     Ok(reply.into_response())
 }

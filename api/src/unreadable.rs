@@ -15,8 +15,7 @@ pub fn stand_in(written: &[u8]) -> Option<Vec<u8>> {
         return None;
     }
     let (status, message) = match code {
-        b"14" => ("414", "the request's path is too long"),
-        b"31" => ("431", "the request's headers are too large"),
+        b"31" => ("431", "the request's head is too large"),
         _ => ("400", "not an HTTP request"),
     };
     let body = format!(r#"{{"fault_message":"{message}"}}"#);
@@ -49,10 +48,6 @@ mod tests {
             (
                 "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
                 "400",
-            ),
-            (
-                "HTTP/1.1 414 URI Too Long\r\nContent-Length: 0\r\n\r\n",
-                "414",
             ),
             (
                 "HTTP/1.1 431 Request Header Fields Too Large\r\n\r\n",

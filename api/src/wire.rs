@@ -1,20 +1,30 @@
 //! A connection with what hyper does differently from Firecracker's server put right in its bytes:
 //! requests by [`http10`](crate::http10), replies by [`unreadable`].
+//!
+//! Here too the head of a request gets its deadline. Rejected: hyper's own, which also runs while a
+//! client is idle between two requests. Firecracker's clients stay connected and idle for hours.
 
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use crate::http10::Relabeller;
 use crate::unreadable;
+
+/// How long the head of a request may take to come, from its first byte on.
+pub const HEAD_TIME: Duration = Duration::from_secs(10);
 
 /// A connection of the API's socket.
 #[derive(Debug)]
 pub struct Wire<S> {
     stream: S,
     relabeller: Relabeller,
+    /// While a head is on its way, and its rest has been waited for.
+    head_deadline: Option<Pin<Box<Sleep>>>,
     outgoing: Outgoing,
 }
 
@@ -39,6 +49,7 @@ impl<S> Wire<S> {
         Wire {
             stream,
             relabeller: Relabeller::new(),
+            head_deadline: None,
             outgoing: Outgoing::Flushed,
         }
     }
@@ -59,6 +70,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
         if let Poll::Ready(Ok(())) = polled {
             self.relabeller.relabel(&mut buf.filled_mut()[before..]);
+        }
+        if !self.relabeller.is_in_head() {
+            self.head_deadline = None;
+        } else if polled.is_pending() {
+            let begin = || Box::pin(sleep(HEAD_TIME));
+            let deadline = self.head_deadline.get_or_insert_with(begin);
+            ready!(deadline.as_mut().poll(cx));
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         polled
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tokio::net::UnixListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::oneshot;
 
 use crate::cli::ServeArgs;
@@ -14,17 +14,22 @@ use crate::front_door::FrontDoor;
 use crate::limits;
 use crate::note::note;
 use crate::server;
+use crate::signals::EndSignals;
 use crate::socket::ApiSocket;
 
-/// Serves on `path` until SIGINT, SIGTERM or SIGHUP.
+/// Serves on `path` until SIGINT, SIGTERM or SIGHUP. A second one ends the server at once.
 ///
 /// # Errors
-/// If the socket is taken or cannot be made, or a declared domain cannot be opened.
+/// If the socket is taken or cannot be made, a declared domain cannot be opened, or VMs did not end
+/// in time.
 pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     // Caught from before the socket exists: whoever can see the socket can stop us cleanly.
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(CommandError::os("sigint"))?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(CommandError::os("sigterm"))?;
-    let mut hang_up = watch_hang_up()?;
+    let kinds = [
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+        SignalKind::hangup(),
+    ];
+    let mut signals = EndSignals::catch(&kinds).map_err(CommandError::os("signals"))?;
     limits::survive_large_files().map_err(CommandError::os("sigxfsz"))?;
     if let Err(error) = limits::raise() {
         log::warn!("cannot raise the limits of open files and file sizes: {error}");
@@ -53,44 +58,26 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     }
 
     let stdin_end = watch_stdin(args.stop_on_stdin_end)?;
-    let stop = async move {
+    let (stop, stopped) = oneshot::channel();
+    let (cut, is_cut) = oneshot::channel();
+    tokio::spawn(async move {
         tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            Some(()) = next(&mut hang_up) => {}
+            _ = signals.came() => {}
             Ok(()) = stdin_end => {}
         }
-    };
-    let served = server::serve(listener, door, stop).await;
-    served.map_err(CommandError::os("api socket"))
-}
-
-/// Catches SIGHUP, unless our parent had it ignored: whoever uses nohup wants us to stay.
-fn watch_hang_up() -> Result<Option<Signal>, CommandError> {
-    let status = std::fs::read_to_string("/proc/self/status");
-    let status = status.map_err(CommandError::os("own signals"))?;
-    if ignores(&status, SignalKind::hangup()) {
-        return Ok(None);
-    }
-    let hang_up = signal(SignalKind::hangup()).map_err(CommandError::os("sighup"))?;
-    Ok(Some(hang_up))
-}
-
-/// Whether the process of this `/proc/PID/status` ignores `signal`: bit n - 1 of `SigIgn` is
-/// signal n (`proc_pid_status(5)`).
-fn ignores(status: &str, signal: SignalKind) -> bool {
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("SigIgn:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.is_some_and(|mask| mask >> (signal.as_raw_value() - 1) & 1 == 1)
-}
-
-/// The next of these signals; never if they are not caught.
-async fn next(caught: &mut Option<Signal>) -> Option<()> {
-    match caught {
-        Some(caught) => caught.recv().await,
-        None => std::future::pending().await,
+        // Nobody listens to either if the server has ended by itself.
+        let _ = stop.send(());
+        signals.came().await;
+        let _ = cut.send(());
+    });
+    let stop = async { drop(stopped.await) };
+    tokio::select! {
+        served = server::serve(listener, door, stop) => {
+            served.map_err(|error| CommandError::Other(error.to_string()))
+        }
+        Ok(()) = is_cut => {
+            Err(CommandError::Other("ended by a second signal, not all vms in order".to_owned()))
+        }
     }
 }
 
@@ -112,18 +99,4 @@ fn watch_stdin(is_wanted: bool) -> Result<oneshot::Receiver<()>, CommandError> {
             .map_err(CommandError::os("thread for standard input"))?;
     }
     Ok(end)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ignored_signals_are_told_from_the_others() {
-        let status = "Name:\tsamepage\nSigBlk:\t0000000000000001\nSigIgn:\t0000000000001001\n";
-        assert!(ignores(status, SignalKind::hangup()));
-        assert!(ignores(status, SignalKind::pipe()));
-        assert!(!ignores(status, SignalKind::terminate()));
-        assert!(!ignores("", SignalKind::hangup()));
-    }
 }
