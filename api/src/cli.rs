@@ -72,6 +72,8 @@ pub enum Command {
 /// Arguments of `serve`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
+SIGINT, SIGTERM and SIGHUP end all VMs and then the server, within 30 s; a second one ends it at once.
+
 Examples:
   samepage serve
   samepage serve --api-sock /run/ci.sock --domain ci
@@ -108,7 +110,7 @@ Exit status:
   4        the guest triple-faulted
   5        the guest ran an instruction that KVM cannot execute
   6        another error ended the VM, or the guard did for want of memory
-  130, 143 SIGINT or SIGTERM ended it
+  128 + N  signal N ended it: 129 SIGHUP, 130 SIGINT, 131 SIGQUIT, 143 SIGTERM
 
 Examples:
   samepage run --kernel vmlinux --initrd initramfs.cpio

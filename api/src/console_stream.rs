@@ -90,11 +90,36 @@ async fn pump(upgrade: OnUpgrade, console: Console) {
     }
 }
 
+/// What a reader has been told of the output that it missed.
+#[derive(Debug, Default)]
+pub struct LostOutput {
+    told_bytes: u64,
+}
+
+impl LostOutput {
+    /// A line to show before what `reader` gave last; empty if it missed nothing since the last one.
+    pub fn note(&mut self, reader: &ConsoleReader) -> String {
+        let lost_bytes = reader.lost_bytes() - self.told_bytes;
+        self.told_bytes = reader.lost_bytes();
+        match lost_bytes {
+            0 => String::new(),
+            _ => format!("\r\n[samepage: {lost_bytes} bytes of output are lost]\r\n"),
+        }
+    }
+}
+
 /// Sends what the console shows until the VM ends or the client is gone. A client that reads
-/// slowly holds one piece here; what it misses beyond the console's history it never gets.
+/// slowly holds one piece here; what it misses beyond the console's history it never gets, but for a
+/// line that says so.
 async fn forward_output(mut to_client: OwnedWriteHalf, mut reader: ConsoleReader) {
+    let mut lost = LostOutput::default();
     while let Some(bytes) = poll_fn(|cx| reader.poll_read(cx)).await {
-        if to_client.write_all(&bytes).await.is_err() {
+        let note = lost.note(&reader);
+        let sent = async {
+            to_client.write_all(note.as_bytes()).await?;
+            to_client.write_all(&bytes).await
+        };
+        if sent.await.is_err() {
             return;
         }
     }

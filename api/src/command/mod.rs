@@ -77,7 +77,7 @@ pub async fn execute(cli: Cli) -> Result<ExitCode, CommandError> {
         Command::Stop(args) => vm::stop(&client, &args).await?,
         Command::Merge(args) => vm::merge(&client, &args).await?,
         Command::Rm(args) => vm::rm(&client, &args).await?,
-        Command::Console(args) => console::console(&client, &args).await?,
+        Command::Console(args) => return console::console(&client, &args).await,
         Command::Stats(args) => stats::stats(&client, &args).await?,
         Command::Demo(args) => return demo::demo(&args).await,
     }

@@ -1,18 +1,20 @@
 //! `samepage run`: one VM in the foreground, without a server.
 
+use std::convert::Infallible;
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use vmm::{Console, ConsoleRead, EndReason, Monitor, VmConfig, VmId};
 
 use crate::cli::RunArgs;
 use crate::command::CommandError;
+use crate::console_stream::LostOutput;
 use crate::limits;
 use crate::note::note;
-use crate::terminal::{Key, Keyboard, RawTerminal};
+use crate::signals::EndSignals;
+use crate::terminal::{self, END_SIGNALS, Escape, Keyboard, RawTerminal};
 use crate::vm_args;
 
 /// How often the console's reader looks whether it is still wanted.
@@ -31,8 +33,8 @@ enum Cause {
     Escape,
     /// Nobody reads the console's output any more.
     OutputLost,
-    Interrupt,
-    Terminate,
+    /// A signal, by its number.
+    Signal(u8),
 }
 
 /// Runs the VM to its end.
@@ -56,8 +58,11 @@ pub async fn run(args: &RunArgs) -> Result<ExitCode, CommandError> {
     if is_terminal {
         note(format_args!("Ctrl-A x ends the vm"));
     }
+    let mut signals = EndSignals::catch(&END_SIGNALS).map_err(CommandError::os("signals"))?;
     let terminal = RawTerminal::enter()?;
-    let cause = until_end(&console, is_terminal).await;
+    let (keyboard, escape) = Keyboard::open(is_terminal)?;
+    let lost_bytes = keyboard.lost_bytes();
+    let cause = until_end(&console, keyboard, escape, &mut signals).await;
     let reason = end(monitor, id, matches!(cause, Ok(Cause::Vm))).await;
     drop(terminal);
     let (cause, reason) = (cause?, reason?);
@@ -65,6 +70,7 @@ pub async fn run(args: &RunArgs) -> Result<ExitCode, CommandError> {
         // The guest may have left the cursor anywhere in a line.
         let _ = writeln!(std::io::stderr());
     }
+    terminal::note_lost(&lost_bytes);
     note(format_args!("vm ended: {reason}"));
     Ok(exit_code(cause, &reason))
 }
@@ -85,10 +91,12 @@ fn start(id: &VmId, config: VmConfig) -> Result<(Monitor, Console), CommandError
     Ok((monitor, console))
 }
 
-async fn until_end(console: &Console, is_terminal: bool) -> Result<Cause, CommandError> {
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(CommandError::os("sigint"))?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(CommandError::os("sigterm"))?;
-    let keyboard = Keyboard::open(is_terminal)?;
+async fn until_end(
+    console: &Console,
+    keyboard: Keyboard,
+    escape: Escape,
+    signals: &mut EndSignals,
+) -> Result<Cause, CommandError> {
     let (shown, all_shown) = oneshot::channel();
     let output = console.clone();
     std::thread::Builder::new()
@@ -107,9 +115,9 @@ async fn until_end(console: &Console, is_terminal: bool) -> Result<Cause, Comman
             }
             _ => Cause::Vm,
         },
-        () = until_escape(keyboard, console) => Cause::Escape,
-        _ = interrupt.recv() => Cause::Interrupt,
-        _ = terminate.recv() => Cause::Terminate,
+        never = type_all(keyboard, console) => match never {},
+        () = escape.pressed() => Cause::Escape,
+        number = signals.came() => Cause::Signal(number),
     };
     Ok(cause)
 }
@@ -117,10 +125,12 @@ async fn until_end(console: &Console, is_terminal: bool) -> Result<Cause, Comman
 /// Copies the console to standard output until the VM ends.
 fn show(console: &Console) -> std::io::Result<()> {
     let mut reader = console.subscribe();
+    let mut lost = LostOutput::default();
     loop {
         match reader.read(LOOK_INTERVAL) {
             ConsoleRead::Bytes(bytes) => {
                 let mut stdout = std::io::stdout().lock();
+                stdout.write_all(lost.note(&reader).as_bytes())?;
                 stdout.write_all(&bytes)?;
                 stdout.flush()?;
             }
@@ -130,9 +140,9 @@ fn show(console: &Console) -> std::io::Result<()> {
     }
 }
 
-/// Gives the guest what is typed; comes back only if the user asks to leave.
-async fn until_escape(mut keyboard: Keyboard, console: &Console) {
-    while let Some(Key::Bytes(bytes)) = keyboard.next().await {
+/// Gives the guest what is typed, and never comes back: at the end of the input the VM goes on.
+async fn type_all(mut keyboard: Keyboard, console: &Console) -> Infallible {
+    while let Some(bytes) = keyboard.next().await {
         let mut left = &bytes[..];
         while !left.is_empty() {
             // Nothing is taken while the guest does not read, nor any more when it has ended.
@@ -143,10 +153,7 @@ async fn until_escape(mut keyboard: Keyboard, console: &Console) {
             }
         }
     }
-    if !keyboard.is_escaped() {
-        // The input has ended; the VM goes on.
-        std::future::pending::<()>().await;
-    }
+    std::future::pending().await
 }
 
 /// Waits for the VM's end, and brings it about if it does not come by itself.
@@ -171,8 +178,7 @@ fn join_failed(error: tokio::task::JoinError) -> CommandError {
 fn exit_code(cause: Cause, reason: &EndReason) -> ExitCode {
     let code = match (cause, reason) {
         (Cause::OutputLost, _) => 1,
-        (Cause::Interrupt, EndReason::Stopped) => 130,
-        (Cause::Terminate, EndReason::Stopped) => 143,
+        (Cause::Signal(number), EndReason::Stopped) => 128 + number,
         (_, EndReason::GuestShutdown | EndReason::GuestReset | EndReason::Stopped) => 0,
         (_, EndReason::GuestPanic) => 3,
         (_, EndReason::TripleFault) => 4,
