@@ -67,6 +67,9 @@ fn run(cli: &Cli) -> Result<ExitCode, CommandError> {
         return Ok(ExitCode::SUCCESS);
     }
     let arms = plan::arms(&cli.wishes())?;
+    if let Some(path) = &cli.document {
+        report::check_document(&arms, path)?;
+    }
     // Before anything is changed: a build that fails or is interrupted leaves nothing to restore.
     binary::samepage();
     let images = Images::prepare(&arms);
@@ -79,7 +82,11 @@ fn run(cli: &Cli) -> Result<ExitCode, CommandError> {
         .map_err(os("async runtime"))?;
     let (found, is_interrupted) = runtime.block_on(make_runs(cli, &arms, &images))?;
     if is_interrupted {
-        eprintln!("density: interrupted; the runs before are kept");
+        let kept = match (&cli.json, found.runs.len()) {
+            (Some(file), 1..) => format!("the runs before are in {}", file.display()),
+            _ => "nothing is kept".to_owned(),
+        };
+        eprintln!("density: interrupted; {kept}");
         return Ok(ExitCode::from(INTERRUPTED));
     }
     publish(cli, &found)?;
@@ -114,14 +121,15 @@ async fn make_runs(
             Ended::Over(run) => {
                 progress.end(&run);
                 found.runs.push(*run);
+                // Not before there is one: the file may hold an earlier report.
+                if let Some(file) = &cli.json {
+                    store::write(file, &found)?;
+                }
             }
-            Ended::Interrupted => is_interrupted = true,
-        }
-        if let Some(file) = &cli.json {
-            store::write(file, &found)?;
-        }
-        if is_interrupted {
-            break;
+            Ended::Interrupted => {
+                is_interrupted = true;
+                break;
+            }
         }
     }
     progress.clear();

@@ -12,8 +12,8 @@ use thiserror::Error;
 
 use super::parts::{NO_RUN, Part};
 use super::plots::plots;
-use super::summary::Summary;
-use crate::density::model::{Report, Workload};
+use super::summary::{Comparison, Summary};
+use crate::density::model::{Arm, Report, Workload};
 
 /// The file of figures, from the root of the repository.
 pub const FIGURES: &str = "docs/density/figures.json";
@@ -44,6 +44,18 @@ pub enum DocumentError {
         path: PathBuf,
         /// What is wrong with it.
         source: serde_json::Error,
+    },
+    /// The figures that are kept would be lost.
+    #[error(
+        "{}: has figures of runs that this one lacks: {}; make all of them, or remove the file",
+        path.display(),
+        lacking.join("; ")
+    )]
+    Lacking {
+        /// The file of figures.
+        path: PathBuf,
+        /// What it has and the run lacks.
+        lacking: Vec<String>,
     },
     /// A marker names no part that there is.
     #[error("{document}:{line}: no part is called {name:?}; parts are {}", names().join(", "))]
@@ -97,8 +109,8 @@ pub enum DocumentError {
 /// the root of the repository, whose [`documents`] are written then.
 ///
 /// # Errors
-/// If the file cannot be read or written, or if its markers are not those that a document of this
-/// name must have. The file is unchanged then.
+/// If the file cannot be read or written, if its markers are not those that a document of this name
+/// must have, or if kept figures would be lost. The file is unchanged then.
 pub fn document(report: &Report, path: &Path) -> Result<(), DocumentError> {
     if path.is_dir() {
         documents(report, path)?;
@@ -109,6 +121,36 @@ pub fn document(report: &Report, path: &Path) -> Result<(), DocumentError> {
     write(path, &text)
 }
 
+/// Finds out whether [`document()`] will be able to write the document at `path` from a run of `arms`,
+/// before an hour is spent on it.
+///
+/// # Errors
+/// As that.
+pub fn check(arms: &[Arm], path: &Path) -> Result<(), DocumentError> {
+    if !path.is_dir() {
+        return rendered(&read(path)?, &name_of(path), None).map(drop);
+    }
+    outdated(path)?;
+    keep_all(path, |kept| arms.iter().any(|arm| kept.is_of(arm)))
+}
+
+/// Refuses to replace the figures that the repository at `root` keeps by those of fewer comparisons:
+/// an interrupted run would take the place of a whole one.
+fn keep_all(root: &Path, has: impl Fn(&Comparison) -> bool) -> Result<(), DocumentError> {
+    let Some(summary) = kept(root)? else {
+        return Ok(());
+    };
+    let lacking = summary.comparisons.iter().filter(|one| !has(one));
+    let lacking: Vec<String> = lacking.map(Comparison::short_title).collect();
+    match lacking.is_empty() {
+        true => Ok(()),
+        false => Err(DocumentError::Lacking {
+            path: root.join(FIGURES),
+            lacking,
+        }),
+    }
+}
+
 /// Writes all that the repository at `root` keeps of `report`: figures, plots, and the generated
 /// parts of its documents. Plots of an earlier run go. Returns the files.
 ///
@@ -116,6 +158,9 @@ pub fn document(report: &Report, path: &Path) -> Result<(), DocumentError> {
 /// As [`document()`]; no document is written if one of them cannot be made.
 pub fn documents(report: &Report, root: &Path) -> Result<Vec<PathBuf>, DocumentError> {
     let summary = Summary::new(report);
+    keep_all(root, |kept| {
+        report.runs.iter().any(|run| kept.is_of(&run.arm))
+    })?;
     let mut texts = Vec::new();
     for document in DOCUMENTS {
         let path = root.join(document);

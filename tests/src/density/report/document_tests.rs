@@ -2,11 +2,11 @@
 
 use std::fs;
 
-use super::document::{DocumentError, FIGURES, document, documents, outdated, rendered};
+use super::document::{DocumentError, FIGURES, check, document, documents, outdated, rendered};
 use super::parts::{NO_RUN, Part};
 use super::summary::Summary;
 use super::synthetic::report;
-use crate::density::model::Report;
+use crate::density::model::{Arm, Report, Workload};
 
 /// A repository with the documents of this one.
 fn repository() -> tempfile::TempDir {
@@ -49,6 +49,40 @@ fn documents_agree_with_the_figures_that_are_kept() {
     assert_eq!(outdated(root.path()).unwrap(), ["docs/density.md"]);
     document(&report, root.path()).unwrap();
     assert!(outdated(root.path()).unwrap().is_empty());
+}
+
+#[test]
+fn fewer_runs_do_not_take_the_place_of_more() {
+    let root = repository();
+    let report = report();
+    documents(&report, root.path()).unwrap();
+    let files = || {
+        let plots = fs::read_dir(root.path().join("docs/density")).unwrap();
+        (plots.count(), fs::read(root.path().join(FIGURES)).unwrap())
+    };
+    let before = files();
+    let some = report
+        .runs
+        .iter()
+        .filter(|run| run.arm.workload != Workload::Idle);
+    for runs in [Vec::new(), some.cloned().collect::<Vec<_>>()] {
+        let arms: Vec<Arm> = runs.iter().map(|run| run.arm).collect();
+        let fewer = Report {
+            runs,
+            ..report.clone()
+        };
+        let refused = [
+            documents(&fewer, root.path()).map(drop).unwrap_err(),
+            check(&arms, root.path()).unwrap_err(),
+        ];
+        for error in refused {
+            assert!(error.to_string().contains("idle"), "{error}");
+        }
+        assert!(files() == before);
+    }
+    let arms: Vec<Arm> = report.runs.iter().map(|run| run.arm).collect();
+    check(&arms, root.path()).unwrap();
+    check(&arms, &root.path().join("none.md")).unwrap_err();
 }
 
 #[test]

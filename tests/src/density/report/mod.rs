@@ -33,7 +33,7 @@ pub mod table;
 mod tests;
 
 pub use agreement::disagreements;
-pub use document::{DocumentError, document, documents};
+pub use document::{DocumentError, check as check_document, document, documents};
 pub use plots::plots;
 pub use summary::Summary;
 pub use table::table;

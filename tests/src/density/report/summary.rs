@@ -151,6 +151,12 @@ impl Comparison {
         (best > 0.0).then(|| ours / best)
     }
 
+    /// Whether `arm` is one of its columns.
+    pub fn is_of(&self, arm: &Arm) -> bool {
+        let same = (arm.workload, arm.thp, arm.fleet, arm.memory_limit_bytes);
+        (self.workload, self.thp, self.fleet, self.memory_limit_bytes) == same
+    }
+
     /// What it compares, in words.
     pub fn title(&self) -> String {
         let guests = match self.fleet {
