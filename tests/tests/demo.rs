@@ -45,6 +45,7 @@ fn demo_shares_the_duplicates_and_finds_no_wrong_byte() {
     let progress = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(0), "{progress}");
     assert!(progress.contains("merging: memory "), "{progress}");
+    assert!(!progress.contains("samepage: error"), "{progress}");
     let stdout = String::from_utf8(output.stdout).unwrap();
     let summary: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
     let number = |key: &str| {

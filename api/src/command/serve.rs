@@ -61,12 +61,16 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     let (stop, stopped) = oneshot::channel();
     let (cut, is_cut) = oneshot::channel();
     tokio::spawn(async move {
-        tokio::select! {
-            _ = signals.came() => {}
-            Ok(()) = stdin_end => {}
-        }
+        let is_signal = tokio::select! {
+            _ = signals.came() => true,
+            Ok(()) = stdin_end => false,
+        };
         // Nobody listens to either if the server has ended by itself.
         let _ = stop.send(());
+        // A parent may close our input and send a signal as well.
+        if !is_signal {
+            signals.came().await;
+        }
         signals.came().await;
         let _ = cut.send(());
     });
