@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::net::UnixStream;
 use tokio::task::{AbortHandle, JoinSet};
@@ -47,12 +47,12 @@ impl Turn {
     }
 
     /// A whole request is there.
-    pub(crate) fn is_servers(&self) {
+    pub(crate) fn request_came(&self) {
         self.waits_since_us.store(SERVERS, Ordering::Relaxed);
     }
 
     /// It was answered.
-    pub(crate) fn is_clients(&self) {
+    pub(crate) fn answered(&self) {
         let now_us = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(SERVERS - 1);
         self.waits_since_us.store(now_us, Ordering::Relaxed);
     }
@@ -60,7 +60,7 @@ impl Turn {
     /// When the server began to wait for the client, if it does.
     fn waits_since(&self) -> Option<Instant> {
         let us = self.waits_since_us.load(Ordering::Relaxed);
-        (us != SERVERS).then(|| self.begun + std::time::Duration::from_micros(us))
+        (us != SERVERS).then(|| self.begun + Duration::from_micros(us))
     }
 }
 
@@ -126,9 +126,9 @@ mod tests {
             .collect();
         let turn = |place: usize| Arc::clone(&connections.open[place].1);
         let (first, second, third) = (turn(0), turn(1), turn(2));
-        first.is_servers();
-        second.is_servers();
-        second.is_clients();
+        first.request_came();
+        second.request_came();
+        second.answered();
         let _new = add(&mut connections);
         let is_open = |turn: &Arc<Turn>| {
             connections
@@ -149,7 +149,7 @@ mod tests {
         connections
             .open
             .iter()
-            .for_each(|(_, turn)| turn.is_servers());
+            .for_each(|(_, turn)| turn.request_came());
         let refused = add(&mut connections);
         refused.readable().await.unwrap();
         let mut told = [0; 1024];

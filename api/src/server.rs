@@ -130,7 +130,7 @@ async fn converse(
         let (door, streams, turn) = (Arc::clone(&door), streams.clone(), Arc::clone(&turn));
         async move {
             let response = answer(&door, &streams, &turn, request).await;
-            turn.is_clients();
+            turn.answered();
             Ok::<_, Infallible>(response)
         }
     });
@@ -185,7 +185,7 @@ async fn answer_or_fault(
         Ok(body) => body?,
         Err(_) => return Err(Fault::too_slow(BODY_TIME)),
     };
-    turn.is_servers();
+    turn.request_came();
     let request = route(&parts.method, parts.uri.path(), &body)?;
     let wants_stream = parts.headers.get(UPGRADE).is_some_and(|protocol| {
         protocol
