@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use hyper::StatusCode;
 use serde::{Deserialize, Serialize};
+use vmm::{ErrorKind, MonitorError};
 
 /// An error of the API: the HTTP status and the text behind `fault_message`.
 ///
@@ -83,5 +84,28 @@ impl Fault {
     /// 500: an error inside Samepage.
     pub fn internal(message: impl Into<String>) -> Fault {
         Fault::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+}
+
+/// For requests that Firecracker has too: a state that does not fit is 400, as there.
+pub(crate) fn refusal(error: &MonitorError) -> Fault {
+    let message = error.to_string();
+    match error.kind() {
+        ErrorKind::NotFound => Fault::not_found(message),
+        ErrorKind::Conflict | ErrorKind::InvalidInput => Fault::bad_request(message),
+        // Firecracker knows no such refusals.
+        ErrorKind::InUse | ErrorKind::NoRoom => Fault::conflict(message),
+        ErrorKind::Internal => {
+            log::error!("{message}");
+            Fault::internal(message)
+        }
+    }
+}
+
+/// For creating and deleting, which Firecracker does not have: a conflict is 409.
+pub(crate) fn conflict_or(error: &MonitorError) -> Fault {
+    match error.kind() {
+        ErrorKind::Conflict => Fault::conflict(error.to_string()),
+        _ => refusal(error),
     }
 }

@@ -20,10 +20,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hyper::StatusCode;
 use tokio::sync::OwnedSemaphorePermit;
 use vmm::config::VmConfig;
-use vmm::{Console, ErrorKind, MergeDomain, Monitor, MonitorError, VmId};
+use vmm::{Console, MergeDomain, Monitor, VmId};
 
 use crate::domain_name::DomainName;
-use crate::fault::Fault;
+use crate::fault::{Fault, conflict_or, refusal};
 use crate::merge_report;
 use crate::model::{Domain, Version, VmDescription};
 use crate::places::Places;
@@ -363,28 +363,5 @@ fn domain_for(id: &VmId, config: &VmConfig) -> DomainName {
     match &config.samepage.merge_domain {
         Some(domain) => DomainName::Named(domain.clone()),
         None => DomainName::Private(id.clone()),
-    }
-}
-
-/// For requests that Firecracker has too: a state that does not fit is 400, as there.
-fn refusal(error: &MonitorError) -> Fault {
-    let message = error.to_string();
-    match error.kind() {
-        ErrorKind::NotFound => Fault::not_found(message),
-        ErrorKind::Conflict | ErrorKind::InvalidInput => Fault::bad_request(message),
-        // Firecracker knows no such refusals.
-        ErrorKind::InUse | ErrorKind::NoRoom => Fault::conflict(message),
-        ErrorKind::Internal => {
-            log::error!("{message}");
-            Fault::internal(message)
-        }
-    }
-}
-
-/// For creating and deleting, which Firecracker does not have: a conflict is 409.
-fn conflict_or(error: &MonitorError) -> Fault {
-    match error.kind() {
-        ErrorKind::Conflict => Fault::conflict(error.to_string()),
-        _ => refusal(error),
     }
 }
