@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hyper::StatusCode;
 use tokio::sync::OwnedSemaphorePermit;
 use vmm::config::VmConfig;
-use vmm::{Console, MergeDomain, Monitor, VmId};
+use vmm::{Console, MergeDomain, Monitor, MonitorError, VmId};
 
 use crate::domain_name::DomainName;
 use crate::fault::{Fault, conflict_or, refusal};
@@ -262,10 +262,22 @@ impl FrontDoor {
     fn patch_domain(&self, name: &DomainName, patch: &MergePatch) -> Result<Reply, Fault> {
         let monitor = self.monitor_for(name)?;
         let engine = monitor.engine();
-        self.patch_pace(engine, patch)?;
+        let refused = |error: MonitorError| {
+            let fault = conflict_or(&error);
+            let message = format!("merge domain {name}: {}", fault.message);
+            Fault { message, ..fault }
+        };
+        // All that can be refused is checked before anything is changed, an unmerge apart.
+        patch.pace(engine.pace()).map_err(Fault::bad_request)?;
         if let Some(bytes) = patch.memory_budget {
-            monitor.set_memory_budget(bytes.filter(|&bytes| bytes > 0));
+            let bytes = bytes.filter(|&bytes| bytes > 0);
+            if patch.force == Some(true) {
+                monitor.set_memory_budget(bytes);
+            } else {
+                monitor.try_set_memory_budget(bytes).map_err(refused)?;
+            }
         }
+        self.patch_pace(engine, patch)?;
         if let Some(ratio) = patch.overcommit_ratio {
             monitor.set_overcommit_ratio(ratio.filter(|&ratio| ratio > 0.0));
         }
@@ -273,8 +285,7 @@ impl FrontDoor {
             monitor.set_unmerge_victims(allowed);
         }
         if let Some(run) = patch.run {
-            let set = engine.set_run(run);
-            set.map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
+            monitor.set_run(run).map_err(refused)?;
         }
         Ok(Reply::Empty)
     }

@@ -115,6 +115,9 @@ pub struct MergePatch {
         deserialize_with = "present"
     )]
     pub memory_budget: Option<Option<u64>>,
+    /// Sets also a memory budget that VMs are ended for at once.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub force: Option<bool>,
     /// How many times its limit may be promised to VMs; null and 0 are for as often as one likes.
     #[serde(
         skip_serializing_if = "Option::is_none",

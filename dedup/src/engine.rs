@@ -59,6 +59,22 @@ pub enum EngineError {
     /// Private copies could not be had; `run` is `stop` now, what is merged is accounted for.
     #[error("cannot unmerge, run is now stop: {0}")]
     Unmerge(io::Error),
+    /// There is not the memory for private copies; `run` is `stop` now, as above.
+    #[error("cannot unmerge, run is now stop: {0}")]
+    UnmergeNoMemory(io::Error),
+    /// Another order came while pages were unmerged, and counts now.
+    #[error("the unmerge was superseded by another order")]
+    UnmergeSuperseded,
+}
+
+impl EngineError {
+    fn of_unmerge(error: io::Error) -> EngineError {
+        match error.kind() {
+            io::ErrorKind::OutOfMemory => EngineError::UnmergeNoMemory(error),
+            io::ErrorKind::Interrupted => EngineError::UnmergeSuperseded,
+            _ => EngineError::Unmerge(error),
+        }
+    }
 }
 
 /// One merge domain's engine. Dropping it ends the worker; regions that are still registered
@@ -140,10 +156,11 @@ impl Engine {
     /// it.
     ///
     /// # Errors
-    /// [`EngineError::Unmerge`] when private copies can't be had; `run` is `Stop` then, unless
-    /// somebody has set it anew.
+    /// [`EngineError::Unmerge`] and [`EngineError::UnmergeNoMemory`] when private copies can't be had;
+    /// `run` is `Stop` then, unless somebody has set it anew. [`EngineError::UnmergeSuperseded`] when
+    /// somebody did so meanwhile.
     pub fn set_run(&self, run: Run) -> Result<(), EngineError> {
-        self.shared.set_run(run).map_err(EngineError::Unmerge)
+        self.shared.set_run(run).map_err(EngineError::of_unmerge)
     }
 
     /// Whether the engine merges.
@@ -303,4 +320,24 @@ fn default_vma_budget() -> u32 {
         .and_then(|text| text.trim().parse::<u32>().ok())
         .unwrap_or(MAX_MAP_COUNT_DEFAULT);
     max_map_count - max_map_count / 8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::Shortage;
+
+    #[test]
+    fn an_unmerge_that_fails_says_whether_it_lacked_memory_or_was_superseded() {
+        let starved = Shortage::Starved { missing_bytes: 7 };
+        let error = EngineError::of_unmerge(starved.into());
+        assert!(matches!(error, EngineError::UnmergeNoMemory(_)), "{error}");
+        let error = EngineError::of_unmerge(Shortage::Cancelled.into());
+        assert!(matches!(error, EngineError::UnmergeSuperseded), "{error}");
+        let refused = io::Error::from_raw_os_error(libc::ENOMEM);
+        let error = EngineError::of_unmerge(refused);
+        assert!(matches!(error, EngineError::UnmergeNoMemory(_)), "{error}");
+        let error = EngineError::of_unmerge(io::Error::from_raw_os_error(libc::EFAULT));
+        assert!(matches!(error, EngineError::Unmerge(_)), "{error}");
+    }
 }

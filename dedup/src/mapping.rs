@@ -5,7 +5,6 @@ use std::ptr;
 use thiserror::Error;
 
 use crate::backing::linux::check_mapped;
-use crate::backing::linux::pagemap::Pagemap;
 use crate::page::{HUGE_PAGE_BYTES, PAGE_SIZE_BYTES, PageBuf, bytes_to_pages, pages_to_bytes};
 use crate::racing::copy_page_out;
 
@@ -106,14 +105,6 @@ impl Mapping {
     /// Size of the range in pages.
     pub fn pages(&self) -> u32 {
         self.pages
-    }
-
-    /// Memory behind the range that nothing else shares. Walks its page tables: some 50 ns a page.
-    ///
-    /// # Errors
-    /// If the kernel lacks `PAGEMAP_SCAN` (Linux 6.7).
-    pub fn private_bytes(&self) -> std::io::Result<u64> {
-        Pagemap::open()?.private_bytes(self)
     }
 
     /// Copies a page out.

@@ -5,21 +5,30 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
+use crate::backing::linux::pagemap::Pagemap;
 use crate::backing::linux::{LinuxPool, allocated_pages};
 use crate::budget::{Headroom, MemoryGauge};
+use crate::mapping::Mapping;
 use crate::page::PAGE_SIZE_BYTES;
 
 /// The memory of this process and of one engine's pool. A look costs about a microsecond.
+///
+/// All that it reads is open from the start: whoever looks when memory is short may find that the
+/// process has no descriptor left, and an open file is itself memory.
 #[derive(Debug)]
 pub struct ProcessMemory {
     statm: File,
+    pagemap: Pagemap,
     pool: File,
 }
 
 impl ProcessMemory {
     pub(crate) fn open(pool: &LinuxPool) -> io::Result<ProcessMemory> {
-        let (statm, pool) = (open_statm()?, pool.file()?);
-        Ok(ProcessMemory { statm, pool })
+        Ok(ProcessMemory {
+            statm: open_statm()?,
+            pagemap: Pagemap::open()?,
+            pool: pool.file()?,
+        })
     }
 
     /// The same figures by a file of its own. The kernel lets one at a time read an open file, and
@@ -30,6 +39,7 @@ impl ProcessMemory {
     pub fn reopen(&self) -> io::Result<ProcessMemory> {
         Ok(ProcessMemory {
             statm: open_statm()?,
+            pagemap: Pagemap::open()?,
             pool: self.pool.try_clone()?,
         })
     }
@@ -49,6 +59,14 @@ impl ProcessMemory {
         private_pages
             .map(|pages| pages * PAGE_SIZE_BYTES as u64)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/self/statm"))
+    }
+
+    /// Memory behind `mapping` that nothing else shares. Walks its page tables: some 50 ns a page.
+    ///
+    /// # Errors
+    /// If the kernel lacks `PAGEMAP_SCAN` (Linux 6.7).
+    pub fn private_bytes_of(&self, mapping: &Mapping) -> io::Result<u64> {
+        self.pagemap.private_bytes(mapping)
     }
 
     /// What the engine's pool holds.

@@ -1,8 +1,9 @@
 //! Whether a VM may start: what a domain's VMs could hold, against what its budget may be
-//! overcommitted by. Pure.
+//! overcommitted by. And what is said of memory that is not there. Pure.
 
 use std::collections::BTreeMap;
 
+use crate::guard::gauge::Limit;
 use crate::id::VmId;
 
 /// A start that would promise more memory than the domain is to promise.
@@ -23,6 +24,54 @@ pub struct NoRoom {
     /// What would have to be given up for the VM to start.
     pub missing_bytes: u64,
 }
+
+/// A start has no room. The numbers are of the limit that is short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "kernel and initrd take {wanted_bytes} bytes of memory, {room_bytes} are left of the \
+     {limit} of {limit_bytes}: {} more are needed",
+    .wanted_bytes - .room_bytes
+)]
+pub struct NoMemory {
+    /// What loading takes.
+    pub wanted_bytes: u64,
+    /// What is left of the limit, less what is kept free and what other starts have reserved.
+    pub room_bytes: u64,
+    /// Which limit.
+    pub limit: Limit,
+    /// The limit.
+    pub limit_bytes: u64,
+}
+
+/// An unmerge has no room. The numbers are of the limit that is short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "private copies of what is merged take {needed_bytes} bytes of memory, {room_bytes} are left of \
+     the {limit} of {limit_bytes}: {} more are needed",
+    self.missing_bytes()
+)]
+pub struct UnmergeNoRoom {
+    /// What is merged takes so much more when nothing is shared.
+    pub needed_bytes: u64,
+    /// What may be taken before VMs would be ended for it.
+    pub room_bytes: u64,
+    /// Which limit.
+    pub limit: Limit,
+    /// The limit.
+    pub limit_bytes: u64,
+}
+
+impl UnmergeNoRoom {
+    /// What would have to be given up for the unmerge to fit.
+    pub fn missing_bytes(&self) -> u64 {
+        self.needed_bytes.saturating_sub(self.room_bytes)
+    }
+}
+
+/// A start that was the one to go when memory ran out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("was given up: the merge domain ran out of memory")]
+pub struct GivenUp;
 
 /// Starts that are under way: they hold memory before their VMs are seen to.
 #[derive(Debug, Default)]

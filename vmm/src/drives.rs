@@ -28,10 +28,9 @@ pub(crate) struct Subscribers {
 
 impl Drop for Subscribers {
     fn drop(&mut self) {
-        for id in self.ids.drain(..) {
-            if let Err(error) = self.events.remove(id) {
-                log::error!("cannot take a device off the event loop: {error}");
-            }
+        let ids = std::mem::take(&mut self.ids);
+        if let Err(error) = self.events.remove(ids) {
+            log::error!("cannot take a vm's devices off the event loop: {error}");
         }
     }
 }
@@ -54,7 +53,8 @@ pub(crate) fn attach(
         let slot = Slot::new(index)?;
         let label = format!("{}/{}", outside.id, drive.drive_id);
         let disk = Disk::open_locked(drive)?;
-        let device = attach_block(slot, &label, disk, Arc::new(memory.clone()))
+        let allowance = outside.allowance.clone();
+        let device = attach_block(slot, &label, disk, Arc::new(memory.clone()), allowance)
             .map_err(StartError::EventFd)?;
         let id = plug_in(vm, mmio, &host.events, device, on_panic(outside, label))?;
         subscribers.ids.push(id);

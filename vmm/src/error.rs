@@ -1,6 +1,6 @@
 //! Errors of the monitor's API, and the kinds a front door needs to tell apart.
 
-use crate::admission::NoRoom;
+use crate::admission::{NoRoom, UnmergeNoRoom};
 use crate::config::ConfigError;
 use crate::id::VmId;
 use crate::start::StartError;
@@ -47,6 +47,9 @@ pub enum MonitorError {
     /// The VM is on its way out: nothing but waiting for its end makes sense.
     #[error("vm {0}: is ending")]
     Ending(VmId),
+    /// A pause that was taken back by another order before the vCPUs stood still.
+    #[error("vm {0}: the pause was superseded by another order")]
+    Superseded(VmId),
     /// A configuration value makes no sense.
     #[error("vm {id}: {error}")]
     Config {
@@ -83,6 +86,25 @@ pub enum MonitorError {
         /// What is missing.
         #[source]
         error: NoRoom,
+    },
+    /// Unmerging would take more memory than is left, or did.
+    #[error("cannot unmerge: {0}")]
+    UnmergeNoRoom(UnmergeNoRoom),
+    /// An unmerge that was taken back by another order.
+    #[error("the unmerge was superseded by another order")]
+    UnmergeSuperseded,
+    /// A budget that VMs would be ended for at once.
+    #[error(
+        "memory_budget {budget_bytes}: the merge domain holds {use_bytes} bytes, and vms would be \
+         ended at once; {least_bytes} bytes ends none, \"force\": true sets it anyway"
+    )]
+    BudgetBelowUse {
+        /// What was asked for.
+        budget_bytes: u64,
+        /// What the domain holds.
+        use_bytes: u64,
+        /// The least budget that ends no VM.
+        least_bytes: u64,
     },
     /// This VM has no keyboard controller that could deliver the keys.
     #[error("vm {0}: ctrl-alt-del needs a guest that listens to its keyboard controller")]
@@ -141,6 +163,7 @@ impl MonitorError {
             | MonitorError::IllegalStep { .. }
             | MonitorError::NotRunning { .. }
             | MonitorError::Ending(_)
+            | MonitorError::Superseded(_)
             | MonitorError::NoKeyboard(_)
             | MonitorError::NotMerged(_)
             | MonitorError::MergedByKernel(_)
@@ -148,7 +171,10 @@ impl MonitorError {
             MonitorError::Config { .. } | MonitorError::WrongDomain { .. } => {
                 ErrorKind::InvalidInput
             }
-            MonitorError::NoRoom { .. } => ErrorKind::NoRoom,
+            MonitorError::UnmergeSuperseded => ErrorKind::Conflict,
+            MonitorError::NoRoom { .. }
+            | MonitorError::UnmergeNoRoom(_)
+            | MonitorError::BudgetBelowUse { .. } => ErrorKind::NoRoom,
             MonitorError::Start { error, .. } => error.kind(),
             MonitorError::Host { .. } => ErrorKind::Internal,
         }

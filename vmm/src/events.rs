@@ -130,17 +130,28 @@ impl EventRemote {
         Ok(added)
     }
 
-    /// Removes and drops a subscriber. When this returns it is not running and never will be again.
+    /// Removes and drops subscribers, all in one turn of the event loop. When this returns none of
+    /// them is running, and none ever will be again.
+    ///
+    /// Rejected: one after the other. Each would wait for a turn of every other device, so the VM
+    /// with the most drives, whose disks may be the busiest, would take longest to end.
     ///
     /// # Errors
-    /// [`EventsError::Loop`] when the id is unknown or the event loop is gone.
-    pub fn remove(&self, id: SubscriberId) -> Result<(), EventsError> {
-        // Dropped on this thread, after the event loop let go of it: a slow drop (a flush of a
+    /// [`EventsError::Loop`] when an id is unknown or the event loop is gone.
+    pub fn remove(&self, ids: Vec<SubscriberId>) -> Result<(), EventsError> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        // Dropped on this thread, after the event loop let go of them: a slow drop (a flush of a
         // disk) must not hold up the other VMs' devices.
-        let removed = self
-            .endpoint
-            .call_blocking(move |ops| ops.remove_subscriber(id))?;
-        drop(removed);
+        let removed = self.endpoint.call_blocking(move |ops| {
+            let ids = ids.into_iter();
+            let removed: Vec<_> = ids.map(|id| ops.remove_subscriber(id)).collect();
+            Ok::<_, event_manager::Error>(removed)
+        })?;
+        for subscriber in removed {
+            subscriber?;
+        }
         Ok(())
     }
 }
@@ -231,7 +242,7 @@ mod tests {
         let id = events.remote().add(subscriber, Box::new(|_| ())).unwrap();
         wake.write(3).unwrap();
         assert_eq!(seen.recv_timeout(LONG), Ok(3));
-        events.remote().remove(id).unwrap();
+        events.remote().remove(vec![id]).unwrap();
         assert_eq!(
             seen.recv_timeout(LONG),
             Err(mpsc::RecvTimeoutError::Disconnected)
@@ -258,6 +269,6 @@ mod tests {
         );
         good_wake.write(1).unwrap();
         assert_eq!(good_seen.recv_timeout(LONG), Ok(1));
-        events.remote().remove(bad_id).unwrap();
+        events.remote().remove(vec![bad_id]).unwrap();
     }
 }

@@ -130,6 +130,8 @@ pub struct MemoryInfo {
     pub overcommit_ratio: Option<f64>,
     /// Whether VMs are ended so that an unmerge fits.
     pub unmerge_victims: bool,
+    /// What the last unmerge lacked; `None` unless that was refused, or given up, for want of memory.
+    pub unmerge_missing_bytes: Option<u64>,
     /// VMs that the guard ended.
     pub oom_victims: u64,
 }

@@ -34,6 +34,7 @@
 //! | `machine` | a running VM: assembly and teardown, in order | mechanism |
 //! | `drives` | the configuration's drives as devices | mechanism |
 //! | [`start`] | the files of a configuration, loaded | files |
+//! | `metered` | a kernel or initrd, loaded as its VM may take memory | files |
 //! | `host_file` | files of the host, opened without side effects | files |
 //! | [`config`], [`id`] | the Firecracker config file; names | pure |
 //! | [`ksm`] | kernel KSM: whether it is there, what it tells | files |
@@ -63,8 +64,8 @@
 //! Total order, outermost first; a thread may skip locks but never go back:
 //! 1. the *list of VMs* (`roster`): short; never held over a request to a VM, except to have
 //!    it forgotten.
-//! 2. the *cell* of a VM (`Vm::cell`): its state and its machine. Held while vCPUs come to stand
-//!    still, so no vCPU takes it before it has left its gate for good.
+//! 2. the *cell* of a VM (`Vm::cell`): its state and its machine. Not held while vCPUs come to stand
+//!    still: one may be in a device that waits for storage.
 //! 3. the *gate* of a VM (`kvm::gate`).
 //! 4. the *kick* of a vCPU (`kvm::run_page`): leaf, around one store.
 //! 5. *devices*: a virtio device's registers, then the device (see [`virtio`]); the serial port;
@@ -74,7 +75,9 @@
 //!    the serial port's held: their wakers must not wait.
 //!
 //! The guard's `ACTING` is taken before all of these and held while VMs end; the claims of starts
-//! (`Monitor::claims`) are taken before 1. The gauge's count is a leaf, which the engine also takes.
+//! (`Monitor::claims`) are taken before 1, as is the lock of a start that reserves memory
+//! (`guard::room`). The gauge's count is a leaf, which the engine also takes, and so are the
+//! guard's bell, the list of guarded domains, and the list of queues that were put off.
 //!
 //! The event loop is waited for (to remove a subscriber) with none of these held.
 
@@ -97,6 +100,7 @@ pub mod ksm;
 mod kvm;
 mod machine;
 pub mod memory;
+mod metered;
 pub mod monitor;
 pub mod pageload;
 mod panics;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use dedup::{Engine, RegionStats};
+use dedup::{Engine, ProcessMemory, RegionStats};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -18,12 +18,14 @@ use crate::device::report::ReportPort;
 use crate::device::serial::{self, SerialPort};
 use crate::drives::{self, Subscribers};
 use crate::events::EventRemote;
+use crate::guard::Watch;
+use crate::guard::room::VmAllowance;
 use crate::id::VmId;
 use crate::ksm::{self, Ksm};
 use crate::kvm::cpuid::Topology;
 use crate::kvm::exit::Platform;
 use crate::kvm::gate::Order;
-use crate::kvm::vcpu::{self, OnEnd, VcpuThreads};
+use crate::kvm::vcpu::{self, OnEnd, Stillness, VcpuThreads};
 use crate::kvm::{KvmError, vm};
 use crate::memory::ram::{Merger, Ram};
 use crate::start::{self, StartError};
@@ -35,6 +37,8 @@ pub(crate) struct Host {
     pub(crate) supported_cpuid: CpuId,
     pub(crate) engine: Arc<Engine>,
     pub(crate) events: EventRemote,
+    /// Tells what the domain's VMs may take.
+    pub(crate) watch: Arc<Watch>,
 }
 
 impl Host {
@@ -54,6 +58,8 @@ pub(crate) struct Outside {
     pub(crate) id: VmId,
     pub(crate) console: Console,
     pub(crate) report: Arc<ReportPort>,
+    /// What the start and the devices take memory by.
+    pub(crate) allowance: Arc<VmAllowance>,
     pub(crate) on_end: OnEnd,
 }
 
@@ -68,6 +74,7 @@ pub(crate) struct Machine {
     platform: Arc<Platform>,
     vm: Arc<VmFd>,
     ram: Ram,
+    allowance: Arc<VmAllowance>,
 }
 
 impl Machine {
@@ -98,6 +105,7 @@ impl Machine {
                     platform,
                     vm,
                     ram,
+                    allowance: outside.allowance.clone(),
                 })
             }
             Err(error) => {
@@ -114,10 +122,10 @@ impl Machine {
         self.vcpus.set(Order::Run);
     }
 
-    /// Tells the vCPUs to stand still and waits until they do.
-    pub(crate) fn pause(&self) {
+    /// Tells the vCPUs to stand still. Returns what waits until they do.
+    pub(crate) fn pause(&self) -> Stillness {
         self.vcpus.set(Order::Pause);
-        self.vcpus.wait_still();
+        self.vcpus.stillness()
     }
 
     /// Stands the vCPUs still until it is taken back, paused or not, without waiting.
@@ -126,12 +134,13 @@ impl Machine {
     }
 
     /// Memory that nobody shares with it; see [`Ram::private_bytes`].
-    pub(crate) fn private_bytes(&self) -> std::io::Result<u64> {
-        self.ram.private_bytes()
+    pub(crate) fn private_bytes(&self, process: &ProcessMemory) -> std::io::Result<u64> {
+        self.ram.private_bytes(process)
     }
 
-    /// Tells the vCPUs to leave, without waiting.
+    /// Tells the vCPUs to leave and the device queues to take nothing any more, without waiting.
     pub(crate) fn begin_exit(&self) {
+        self.allowance.close();
         self.vcpus.set(Order::Exit);
     }
 
@@ -170,7 +179,9 @@ impl Machine {
             platform,
             vm,
             ram,
+            allowance,
         } = self;
+        allowance.close();
         drop(vcpus);
         drop(subscribers);
         drop(platform);
@@ -190,7 +201,7 @@ fn assemble_over(
     ram: &Ram,
 ) -> Result<Assembled, StartError> {
     let memory = ram.memory();
-    let entry = start::load(memory, config)?;
+    let entry = start::load(memory, config, &outside.allowance)?;
     let vm = Arc::new(vm::create(&host.kvm, memory, ram.wants_dirty_log())?);
     let ports = make_ports(&vm, config, outside)?;
     let mut mmio = MmioBus::new();

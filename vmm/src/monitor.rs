@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::admission::Claims;
-use crate::config::VmConfig;
+use crate::config::{HugePages, VmConfig};
 use crate::console::Console;
 use crate::error::MonitorError;
 use crate::events::EventLoop;
+use crate::guard::gauge;
+use crate::guard::room::Resumer;
 use crate::guard::{Guard, Watch};
 use crate::id::{MergeDomain, VmId};
 use crate::info::VmInfo;
@@ -19,7 +21,7 @@ use crate::machine::Host;
 use crate::reaper::Reaper;
 use crate::roster::Roster;
 use crate::start::{self, StartError};
-use crate::state::{EndReason, Step};
+use crate::state::EndReason;
 use crate::vm::{Corpse, Vm};
 
 /// One merge domain: its VMs, its merge engine, its event loop, its reaper, its guard.
@@ -69,7 +71,13 @@ impl Monitor {
         let (engine, vms) = (Arc::new(engine), Arc::new(Roster::default()));
         let events = EventLoop::new().map_err(host_error("event loop"))?;
         let (reaper, to_reaper) = Reaper::spawn().map_err(host_error("reaper thread"))?;
-        let watch = Watch::new(engine.clone(), vms.clone());
+        let watch =
+            Watch::new(engine.clone(), vms.clone()).map_err(host_error("eventfd of the guard"))?;
+        let added = events.remote().add(
+            Box::new(Resumer(watch.clone())),
+            Box::new(|text| log::error!("waking device queues panicked: {text}")),
+        );
+        added.map_err(host_error("event loop"))?;
         let guard = Guard::spawn(&watch).map_err(host_error("guard thread"))?;
         Ok(Monitor {
             domain,
@@ -77,7 +85,7 @@ impl Monitor {
             claims: Mutex::default(),
             overcommit_ratio: Mutex::default(),
             guard: Some(guard),
-            watch,
+            watch: watch.clone(),
             to_reaper: Some(to_reaper),
             reaper: Some(reaper),
             host: Host {
@@ -85,6 +93,7 @@ impl Monitor {
                 supported_cpuid,
                 engine,
                 events: events.remote(),
+                watch,
             },
             _events: events,
         })
@@ -134,6 +143,9 @@ impl Monitor {
         };
         start::check_files(&config).map_err(refused)?;
         start::check_kernel(&config, &Ksm::default()).map_err(refused)?;
+        if config.machine_config.huge_pages == HugePages::Transparent {
+            gauge::expect_huge_pages();
+        }
         let Some(to_reaper) = self.to_reaper.clone() else {
             return Err(MonitorError::NotFound(id));
         };
@@ -158,12 +170,14 @@ impl Monitor {
         started
     }
 
-    /// Stands a VM's vCPUs still; returns when they do.
+    /// Stands a VM's vCPUs still; returns when they do. Nobody else waits for that: the VM can be
+    /// asked, resumed and stopped meanwhile.
     ///
     /// # Errors
-    /// [`MonitorError::IllegalStep`] or [`MonitorError::Ending`].
+    /// [`MonitorError::IllegalStep`], [`MonitorError::Ending`], or [`MonitorError::Superseded`] by an
+    /// order that came meanwhile.
     pub fn pause(&self, id: &VmId) -> Result<(), MonitorError> {
-        self.find(id)?.pause_or_resume(Step::Pause)
+        self.find(id)?.pause()
     }
 
     /// Lets a VM's vCPUs run again.
@@ -171,7 +185,7 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::IllegalStep`] or [`MonitorError::Ending`].
     pub fn resume(&self, id: &VmId) -> Result<(), MonitorError> {
-        self.find(id)?.pause_or_resume(Step::Resume)
+        self.find(id)?.resume()
     }
 
     /// Stops a VM at once; returns when its memory was handed over. A VM that ended by itself

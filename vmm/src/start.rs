@@ -4,21 +4,27 @@ use std::fs::File;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
+use crate::admission::{GivenUp, NoMemory};
 use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::kernel::{self, Kernel};
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootError, KernelError};
 use crate::bus::BusError;
 use crate::config::{ConfigError, MergeMode, VmConfig};
 use crate::error::ErrorKind;
 use crate::events::EventsError;
+use crate::guard::room::VmAllowance;
 use crate::host_file::{self, Allowed};
 use crate::ksm::{Ksm, KsmError};
 use crate::kvm::KvmError;
 use crate::kvm::vcpu::VcpuError;
 use crate::memory::GuestMemory;
 use crate::memory::ram::RamError;
+use crate::metered::Metered;
 use crate::pageload;
 use crate::virtio::{Disk, DiskError, SlotError};
+
+const KERNEL_FIELD: &str = "kernel_image_path";
+const INITRD_FIELD: &str = "initrd_path";
 
 /// Why a VM could not be created or started.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +85,12 @@ pub enum StartError {
     /// A place for a device.
     #[error("drives: {0}")]
     Slot(#[from] SlotError),
+    /// There is no memory for what it loads.
+    #[error(transparent)]
+    NoMemory(#[from] NoMemory),
+    /// It was the one to go when memory ran out.
+    #[error(transparent)]
+    GivenUp(#[from] GivenUp),
     /// A device's place is taken.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -89,6 +101,7 @@ impl StartError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             StartError::Disk(DiskError::Locked { .. }) => ErrorKind::InUse,
+            StartError::NoMemory(_) | StartError::GivenUp(_) => ErrorKind::NoRoom,
             StartError::Config(_)
             | StartError::File { .. }
             | StartError::Load { .. }
@@ -135,10 +148,10 @@ fn open(field: &'static str, path: &Path) -> Result<File, StartError> {
 /// fail when the VM is created.
 pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
     if !config.boot_source.is_builtin_pageload() {
-        open("kernel_image_path", &config.boot_source.kernel_image_path)?;
+        open(KERNEL_FIELD, &config.boot_source.kernel_image_path)?;
     }
     if let Some(path) = &config.boot_source.initrd_path {
-        open("initrd_path", path)?;
+        open(INITRD_FIELD, path)?;
     }
     for drive in &config.drives {
         Disk::open(drive)?;
@@ -154,18 +167,68 @@ pub(crate) fn check_kernel(config: &VmConfig, ksm: &Ksm) -> Result<(), StartErro
     }
 }
 
-/// Loads everything into guest memory. Returns the entry point.
-pub(crate) fn load(memory: &GuestMemory, config: &VmConfig) -> Result<u64, StartError> {
+/// What a start takes besides kernel and initrd: the tables that the guest boots with.
+const TABLES_BYTES: u64 = 1 << 20;
+/// Pages that are taken for less than a page of something: at both ends of kernel and initrd.
+const PARTIAL_PAGES: u64 = 4;
+
+/// Loads everything into guest memory, of which `allowance` is asked before any of it is taken.
+/// Returns the entry point.
+pub(crate) fn load(
+    memory: &GuestMemory,
+    config: &VmConfig,
+    allowance: &VmAllowance,
+) -> Result<u64, StartError> {
+    allowance.reserve(needed_bytes(config)?)?;
+    let loaded = load_reserved(memory, config, allowance);
+    if allowance.is_over() {
+        // Whatever the loader made of it.
+        return Err(GivenUp.into());
+    }
+    loaded
+}
+
+/// What [`load`] takes. More than all of the guest's memory is not taken, but refused.
+fn needed_bytes(config: &VmConfig) -> Result<u64, StartError> {
+    let path = &config.boot_source.kernel_image_path;
+    let kernel_bytes = if config.boot_source.is_builtin_pageload() {
+        kernel::loaded_bytes(&mut Cursor::new(pageload::image()))
+    } else {
+        kernel::loaded_bytes(&mut open(KERNEL_FIELD, path)?)
+    };
+    let kernel_bytes = kernel_bytes.map_err(|error| kernel_error(path, error))?;
+    let initrd_bytes = match &config.boot_source.initrd_path {
+        None => 0,
+        Some(path) => {
+            let length = open(INITRD_FIELD, path)?.metadata();
+            let length = length.map_err(|error| StartError::File {
+                field: INITRD_FIELD,
+                path: path.clone(),
+                error,
+            });
+            length?.len()
+        }
+    };
+    let files_bytes = kernel_bytes
+        .saturating_add(initrd_bytes)
+        .min(config.mem_size_bytes());
+    Ok(files_bytes + TABLES_BYTES + PARTIAL_PAGES * config.page_bytes())
+}
+
+fn load_reserved(
+    memory: &GuestMemory,
+    config: &VmConfig,
+    allowance: &VmAllowance,
+) -> Result<u64, StartError> {
     let mem_size_bytes = config.mem_size_bytes();
-    let kernel = load_kernel(memory, config)?;
+    let kernel = load_kernel(memory, config, allowance)?;
     let initrd = match &config.boot_source.initrd_path {
         None => None,
         Some(path) => {
-            let field = "initrd_path";
-            let mut file = open(field, path)?;
+            let mut file = Metered::new(open(INITRD_FIELD, path)?, allowance);
             let initrd = boot::load_initrd(memory, mem_size_bytes, &kernel, &mut file);
             let failed = |error| StartError::Load {
-                field,
+                field: INITRD_FIELD,
                 path: path.clone(),
                 error,
             };
@@ -178,20 +241,29 @@ pub(crate) fn load(memory: &GuestMemory, config: &VmConfig) -> Result<u64, Start
     Ok(kernel.entry)
 }
 
-fn load_kernel(memory: &GuestMemory, config: &VmConfig) -> Result<Kernel, StartError> {
-    let field = "kernel_image_path";
+fn load_kernel(
+    memory: &GuestMemory,
+    config: &VmConfig,
+    allowance: &VmAllowance,
+) -> Result<Kernel, StartError> {
     let path = &config.boot_source.kernel_image_path;
     let mem_size_bytes = config.mem_size_bytes();
     let loaded = if config.boot_source.is_builtin_pageload() {
-        kernel::load(memory, mem_size_bytes, &mut Cursor::new(pageload::image()))
+        let mut image = Metered::new(Cursor::new(pageload::image()), allowance);
+        kernel::load(memory, mem_size_bytes, &mut image)
     } else {
-        kernel::load(memory, mem_size_bytes, &mut open(field, path)?)
+        let mut image = Metered::new(open(KERNEL_FIELD, path)?, allowance);
+        kernel::load(memory, mem_size_bytes, &mut image)
     };
-    loaded.map_err(|error| StartError::Load {
-        field,
-        path: path.clone(),
+    loaded.map_err(|error| kernel_error(path, error))
+}
+
+fn kernel_error(path: &Path, error: KernelError) -> StartError {
+    StartError::Load {
+        field: KERNEL_FIELD,
+        path: path.to_owned(),
         error: error.into(),
-    })
+    }
 }
 
 #[cfg(test)]

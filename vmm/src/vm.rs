@@ -12,10 +12,12 @@ use std::time::Instant;
 
 use dedup::{MergedNow, RegionStats};
 
+use crate::admission::GivenUp;
 use crate::config::{MergeMode, VmConfig};
 use crate::console::Console;
 use crate::device::report::ReportPort;
 use crate::error::MonitorError;
+use crate::guard::room::VmAllowance;
 use crate::id::VmId;
 use crate::info::VmInfo;
 use crate::ksm::KsmPlace;
@@ -45,8 +47,13 @@ struct Cell {
     state: VmState,
     /// There exactly while `state` is alive and the end was not found yet.
     machine: Option<Machine>,
-    /// A start is under way; the record is `NotStarted` until it succeeded.
-    is_starting: bool,
+    /// A start is under way, with this leave to take memory; the record is `NotStarted` until it
+    /// succeeded.
+    starting: Option<Arc<VmAllowance>>,
+    /// Guards that stand the VM still, a machine that it gets meanwhile included.
+    holders: u32,
+    /// Pauses and resumes that were asked for: a pause that waits sees whether it is the last.
+    orders: u64,
     /// The monitor forgot it: a request that found it before comes too late to start it.
     is_forgotten: bool,
 }
@@ -57,7 +64,9 @@ impl Vm {
         let cell = Cell {
             state: VmState::NotStarted,
             machine: None,
-            is_starting: false,
+            starting: None,
+            holders: 0,
+            orders: 0,
             is_forgotten: false,
         };
         Vm {
@@ -142,41 +151,58 @@ impl Vm {
 
     /// Assembles the machine and lets it run. On failure the VM is as before.
     pub(crate) fn start(self: &Arc<Vm>, host: &Host) -> Result<(), MonitorError> {
-        let running = {
-            let mut cell = self.lock();
-            if cell.is_forgotten {
-                return Err(MonitorError::NotFound(self.id.clone()));
-            }
-            let running = cell.state.after(Step::Start);
-            let running = running.ok().filter(|_| !cell.is_starting).ok_or_else(|| {
-                MonitorError::AlreadyStarted {
-                    id: self.id.clone(),
-                    state: cell.state.clone(),
-                }
-            })?;
-            cell.is_starting = true;
-            running
-        };
+        let page_bytes = self.config.page_bytes();
+        let allowance = Arc::new(VmAllowance::new(&host.watch, page_bytes));
+        let running = self.begin_start(&allowance)?;
         // Without the lock: loading a kernel takes a while, and `list` should not wait for it.
         let _starting = Starting(self);
         let outside = Outside {
             id: self.id.clone(),
             console: self.console.clone(),
             report: self.report.clone(),
+            allowance: allowance.clone(),
             on_end: self.on_end(),
         };
-        let machine = Machine::assemble(host, &self.config, &outside).map_err(|error| {
-            MonitorError::Start {
-                id: self.id.clone(),
-                error,
-            }
-        })?;
+        let failed = |error| MonitorError::Start {
+            id: self.id.clone(),
+            error,
+        };
+        let machine = Machine::assemble(host, &self.config, &outside).map_err(failed)?;
         let mut cell = self.lock();
+        if allowance.is_over() {
+            drop(cell);
+            machine.tear_down(&self.id);
+            return Err(failed(GivenUp.into()));
+        }
+        // With the machine it is to be ended by that, and no more by giving up its start.
+        cell.starting = None;
+        // Lock order: cell -> gate.
+        machine.set_held(cell.holders > 0);
         // A vCPU that ends at once waits for this lock, and then finds the machine.
         machine.run();
         cell.machine = Some(machine);
         cell.state = running;
+        drop(cell);
+        allowance.settle();
         Ok(())
+    }
+
+    /// Marks a start as under way. Returns the state after it.
+    fn begin_start(&self, allowance: &Arc<VmAllowance>) -> Result<VmState, MonitorError> {
+        let mut cell = self.lock();
+        if cell.is_forgotten {
+            return Err(MonitorError::NotFound(self.id.clone()));
+        }
+        let running = cell.state.after(Step::Start);
+        let running = running
+            .ok()
+            .filter(|_| cell.starting.is_none())
+            .ok_or_else(|| MonitorError::AlreadyStarted {
+                id: self.id.clone(),
+                state: cell.state.clone(),
+            })?;
+        cell.starting = Some(allowance.clone());
+        Ok(running)
     }
 
     /// What vCPU threads and devices call. Weak: a VM must not keep itself alive by its threads.
@@ -225,27 +251,52 @@ impl Vm {
         self.changed.notify_all();
     }
 
-    /// Pauses or resumes. Pausing returns when all vCPUs stand still.
-    pub(crate) fn pause_or_resume(&self, step: Step) -> Result<(), MonitorError> {
+    /// Stands the vCPUs still; returns when they do.
+    ///
+    /// Without the lock meanwhile: a vCPU may stand in a device that waits for storage, and whoever
+    /// asks for the VM's state, or ends it, must not wait for that too.
+    pub(crate) fn pause(&self) -> Result<(), MonitorError> {
+        let (stillness, order) = {
+            let mut cell = self.lock();
+            self.step(&cell, Step::Pause)?;
+            // Lock order: cell -> gate.
+            let stillness = self.machine_of(&cell)?.pause();
+            cell.orders += 1;
+            (stillness, cell.orders)
+        };
+        stillness.wait();
         let mut cell = self.lock();
-        let next = cell
-            .state
-            .after(step)
-            .map_err(|step| MonitorError::IllegalStep {
-                id: self.id.clone(),
-                step,
-            })?;
-        // Lock order: cell -> gate. No vCPU on its way to the gate needs the cell.
-        let machine = cell
-            .machine
-            .as_ref()
-            .ok_or(MonitorError::Ending(self.id.clone()))?;
-        match next {
-            VmState::Paused => machine.pause(),
-            _ => machine.run(),
+        if cell.orders != order {
+            return Err(MonitorError::Superseded(self.id.clone()));
         }
+        let paused = self.step(&cell, Step::Pause)?;
+        self.machine_of(&cell)?;
+        cell.state = paused;
+        Ok(())
+    }
+
+    /// Lets the vCPUs run again, also those that are still on their way to stand still.
+    pub(crate) fn resume(&self) -> Result<(), MonitorError> {
+        let mut cell = self.lock();
+        let next = self.step(&cell, Step::Resume)?;
+        // Lock order: cell -> gate.
+        self.machine_of(&cell)?.run();
+        cell.orders += 1;
         cell.state = next;
         Ok(())
+    }
+
+    fn step(&self, cell: &Cell, step: Step) -> Result<VmState, MonitorError> {
+        let next = cell.state.after(step);
+        next.map_err(|step| MonitorError::IllegalStep {
+            id: self.id.clone(),
+            step,
+        })
+    }
+
+    fn machine_of<'a>(&self, cell: &'a Cell) -> Result<&'a Machine, MonitorError> {
+        let machine = cell.machine.as_ref();
+        machine.ok_or_else(|| MonitorError::Ending(self.id.clone()))
     }
 
     /// Presses ctrl-alt-del.
@@ -265,10 +316,10 @@ impl Vm {
     pub(crate) fn stop(self: &Arc<Vm>) -> Result<(), MonitorError> {
         let mut cell = self.lock();
         // A start that is under way is let through first: then there is something to stop.
-        let starting = |cell: &mut Cell| cell.is_starting;
+        let is_starting = |cell: &mut Cell| cell.starting.is_some();
         cell = self
             .changed
-            .wait_while(cell, starting)
+            .wait_while(cell, is_starting)
             .unwrap_or_else(PoisonError::into_inner);
         if cell.state == VmState::NotStarted {
             let (id, state) = (self.id.clone(), cell.state.clone());
@@ -291,7 +342,7 @@ impl Vm {
     pub(crate) fn forget(&self) -> bool {
         {
             let mut cell = self.lock();
-            if cell.is_starting || cell.state.is_alive() {
+            if cell.starting.is_some() || cell.state.is_alive() {
                 return false;
             }
             cell.is_forgotten = true;
@@ -329,8 +380,11 @@ struct Starting<'a>(&'a Arc<Vm>);
 
 impl Drop for Starting<'_> {
     fn drop(&mut self) {
-        self.0.lock().is_starting = false;
+        let allowance = self.0.lock().starting.take();
         self.0.changed.notify_all();
+        if let Some(allowance) = allowance {
+            allowance.settle();
+        }
     }
 }
 
@@ -351,6 +405,7 @@ mod tests {
     use super::*;
     use crate::console::ConsoleRead;
     use crate::events::EventLoop;
+    use crate::guard::Watch;
 
     const LONG: Duration = Duration::from_secs(120);
 
@@ -381,10 +436,12 @@ mod tests {
         let (kvm, supported_cpuid) =
             Host::open_kvm().expect("this test needs /dev/kvm; SAMEPAGE_SKIP_KVM=1 skips it");
         let events = EventLoop::new().unwrap();
+        let engine = Arc::new(dedup::Engine::new(&dedup::Settings::default()).unwrap());
         let host = Host {
             kvm,
             supported_cpuid,
-            engine: Arc::new(dedup::Engine::new(&dedup::Settings::default()).unwrap()),
+            watch: Watch::new(engine.clone(), Arc::default()).unwrap(),
+            engine,
             events: events.remote(),
         };
         let vm = never_started();
@@ -408,7 +465,9 @@ mod tests {
         let mut reader = vm.console().subscribe();
         let starting = vm.clone();
         let start = std::thread::spawn(move || {
-            starting.lock().is_starting = true;
+            let engine = dedup::Engine::new(&dedup::Settings::default()).unwrap();
+            let watch = Watch::new(Arc::new(engine), Arc::default()).unwrap();
+            starting.lock().starting = Some(Arc::new(VmAllowance::new(&watch, 4096)));
             let _starting = Starting(&starting);
             panic!("as this test wants it");
         });

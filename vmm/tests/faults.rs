@@ -90,6 +90,42 @@ fn a_vcpu_thread_that_panics_takes_its_vm_down_and_nothing_else() {
 }
 
 #[test]
+fn nobody_else_waits_for_a_pause_whose_vcpu_does_not_come_to_stand() {
+    if skip() {
+        return;
+    }
+    let scenario = FailScenario::setup();
+    let lab = Arc::new(Lab::new());
+    let slow = lab.start("slow", pageload(1, "hot"));
+    wait_until("it runs", || passes(&lab, &slow) > 0);
+    // As in a device that waits for storage.
+    fail::cfg("v0:slow", "pause").expect("a fail point");
+    let (done, superseded) = mpsc::channel();
+    let (theirs, vm) = (lab.clone(), slow.clone());
+    let asker = thread::spawn(move || {
+        let (pausing_lab, pausing_vm) = (theirs.clone(), vm.clone());
+        let pause = thread::spawn(move || pausing_lab.monitor.pause(&pausing_vm));
+        while !pause.is_finished() {
+            assert_eq!(theirs.monitor.list().len(), 1);
+            theirs.monitor.resume(&vm).expect("it runs");
+        }
+        done.send(pause.join().expect("no panic"))
+    });
+    let paused = superseded.recv_timeout(LONG);
+    fail::remove("v0:slow");
+    let error = paused.expect("nobody waits").expect_err("its vCPU ran on");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    asker.join().expect("no panic").expect("somebody listens");
+    let before = passes(&lab, &slow);
+    wait_until("it goes on", || passes(&lab, &slow) > before);
+    lab.monitor.pause(&slow).expect("now it stands still");
+    let state = lab.monitor.info(&slow).expect("it is there").state;
+    assert_eq!(state, VmState::Paused);
+    drop(lab);
+    scenario.teardown();
+}
+
+#[test]
 fn every_system_call_of_a_merge_may_fail_and_merging_goes_on_when_they_succeed_again() {
     if skip() {
         return;

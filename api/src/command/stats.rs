@@ -92,6 +92,15 @@ fn domain_tables(domains: &BTreeMap<String, Domain>) -> String {
     }
     let mut text = table.to_string();
     // Writing to a string cannot fail.
+    for (name, domain) in domains {
+        if let Some(bytes) = domain.memory.unmerge_missing_bytes {
+            let missing = in_units(i128::from(bytes));
+            let _ = writeln!(
+                text,
+                "{name}: the last unmerge was short of {missing} of memory"
+            );
+        }
+    }
     let _ = write!(text, "\n{}", pace_table(domains));
     if domains.values().any(|domain| domain.ksm.is_some()) {
         let _ = write!(text, "\n{}", ksm_table(domains));

@@ -94,6 +94,7 @@ const XLF_KERNEL_64: u16 = 1;
 /// Boot protocol from which `init_size` and `pref_address` are there.
 const PROTOCOL_2_10: u16 = 0x020a;
 
+const ELF_MAGIC: &[u8] = b"\x7fELF";
 const ELF_CLASS_64: u8 = 2;
 const ELF_MACHINE_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
@@ -107,6 +108,24 @@ const NOTE_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of a unit of `syssize` (`Documentation/arch/x86/boot.rst`).
 const PARAGRAPH_BYTES: u64 = 16;
 
+/// Bytes of `image` that [`load`] puts into memory: what a start takes, known before it takes any.
+pub(crate) fn loaded_bytes<F: Read + Seek>(image: &mut F) -> Result<u64, KernelError> {
+    let head = read_head(image)?;
+    if !head.starts_with(ELF_MAGIC) {
+        return Ok(image.seek(SeekFrom::End(0))?);
+    }
+    let segments = program_headers(image, &head)?;
+    let loaded = segments.iter().filter(|segment| segment.kind == PT_LOAD);
+    Ok(loaded.fold(0, |sum, segment| sum.saturating_add(segment.file_bytes)))
+}
+
+fn read_head<F: Read + Seek>(image: &mut F) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    image.seek(SeekFrom::Start(0))?;
+    Read::by_ref(image).take(0x210).read_to_end(&mut head)?;
+    Ok(head)
+}
+
 /// Loads `image` into `memory` of `mem_size_bytes`.
 pub(crate) fn load<F>(
     memory: &GuestMemory,
@@ -116,10 +135,8 @@ pub(crate) fn load<F>(
 where
     F: Read + ReadVolatile + Seek,
 {
-    let mut head = Vec::new();
-    image.seek(SeekFrom::Start(0))?;
-    Read::by_ref(image).take(0x210).read_to_end(&mut head)?;
-    if head.starts_with(b"\x7fELF") {
+    let head = read_head(image)?;
+    if head.starts_with(ELF_MAGIC) {
         load_elf(memory, mem_size_bytes, image, &head)
     } else if head.get(0x202..0x206) == Some(b"HdrS".as_slice()) {
         load_bzimage(memory, mem_size_bytes, image, &head)
@@ -361,6 +378,16 @@ mod tests {
             .unwrap();
         assert_eq!(&bytes, b"KERNEL!!");
         ram.release().unwrap();
+    }
+
+    #[test]
+    fn what_a_kernel_takes_is_known_before_it_is_loaded() {
+        let mut image = elf(HIMEM_ADDRESS, HIMEM_ADDRESS, 0x2000);
+        // Debugging information, say.
+        image.extend([0; 5000]);
+        assert_eq!(loaded_bytes(&mut Cursor::new(&image)).unwrap(), 8);
+        let other = loaded_bytes(&mut Cursor::new(&image[1..])).unwrap();
+        assert_eq!(other, image.len() as u64 - 1);
     }
 
     #[test]

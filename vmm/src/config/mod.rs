@@ -111,6 +111,14 @@ impl VmConfig {
     pub fn mem_size_bytes(&self) -> u64 {
         self.machine_config.mem_size_mib << 20
     }
+
+    /// What the host's kernel gives at a time when guest memory is touched, in bytes.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        match self.machine_config.huge_pages {
+            HugePages::None => 4096,
+            HugePages::Transparent | HugePages::Hugetlbfs2M => 2 << 20,
+        }
+    }
 }
 
 /// What a VM boots.

@@ -5,11 +5,13 @@
 //! have a limit are watched, not just the innermost. Sources: `Documentation/admin-guide/
 //! cgroup-v2.rst`, `cgroup-v1/memory.rst`, and `proc_pid_mountinfo(5)`.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::policy::Filled;
 
@@ -54,11 +56,20 @@ impl Version {
         }
     }
 
-    /// The file that tells of a group that is out of memory, and the line of it that counts.
-    fn ooms(self) -> (&'static str, &'static str) {
+    /// Files that tell of a group that is out of memory, best first. That of a group alone is better
+    /// than that of all groups below it, which are others' (Linux 5.2).
+    fn events(self) -> &'static [&'static str] {
         match self {
-            Version::V1 => ("memory.oom_control", "under_oom"),
-            Version::V2 => ("memory.events", "oom"),
+            Version::V1 => &["memory.oom_control"],
+            Version::V2 => &["memory.events.local", "memory.events"],
+        }
+    }
+
+    /// The line of such a file that counts.
+    fn ooms(self) -> &'static str {
+        match self {
+            Version::V1 => "under_oom",
+            Version::V2 => "oom",
         }
     }
 
@@ -76,6 +87,10 @@ const NO_LIMIT_BYTES: u64 = 1 << 60;
 /// Longest text that is read of a file.
 const TEXT_BYTES: usize = 8192;
 
+/// Times that groups were out of memory, as far as some guard of this process took note of them, by
+/// the device and inode of the file that tells: an event is one guard's to act upon.
+static NOTED_OOMS: Mutex<BTreeMap<(u64, u64), u64>> = Mutex::new(BTreeMap::new());
+
 /// One group of the hierarchy.
 #[derive(Debug)]
 struct Level {
@@ -87,7 +102,9 @@ struct Level {
     usage: File,
     stat: Option<File>,
     events: Option<File>,
-    /// Times that the group was out of memory, when somebody looked last.
+    /// That file's name in [`NOTED_OOMS`].
+    events_key: (u64, u64),
+    /// Times that the group was out of memory, when this was looked at last.
     ooms: AtomicU64,
 }
 
@@ -96,6 +113,12 @@ struct Level {
 pub(crate) struct Cgroups {
     levels: Vec<Level>,
     pressure: Option<File>,
+    /// Open, so that it takes no descriptor to see that the process was moved.
+    membership: File,
+    /// What it said when the groups were found.
+    found_by: Option<String>,
+    /// Files that groups without a memory controller would have with one.
+    absent: Vec<PathBuf>,
 }
 
 impl Cgroups {
@@ -104,25 +127,44 @@ impl Cgroups {
     /// # Errors
     /// If the places cannot be read.
     pub(crate) fn find(places: &Places) -> io::Result<Cgroups> {
-        let membership = fs::read_to_string(&places.membership)?;
+        let membership = File::open(&places.membership)?;
+        let found_by = read(&membership, |text| Some(text.to_owned()));
         let mounts = fs::read_to_string(&places.mounts)?;
-        let mut levels = Vec::new();
+        let (mut levels, mut absent) = (Vec::new(), Vec::new());
         let mut pressure = None;
-        for (version, mount, group) in hierarchies(&membership, &mounts) {
+        let groups = hierarchies(&fs::read_to_string(&places.membership)?, &mounts);
+        for (version, mount, group) in groups {
             let mut directory = mount.join(group.strip_prefix("/").unwrap_or(&group));
             if version == Version::V2 && pressure.is_none() {
                 pressure = File::open(directory.join("memory.pressure")).ok();
             }
             while directory.starts_with(&mount) {
                 // A group without the file has no memory controller, as version 2's root.
-                levels.extend(Level::open(version, &directory));
+                match Level::open(version, &directory) {
+                    Some(level) => levels.push(level),
+                    None => absent.push(directory.join(version.usage())),
+                }
                 if !directory.pop() {
                     break;
                 }
             }
         }
         let pressure = pressure.or_else(|| File::open("/proc/pressure/memory").ok());
-        Ok(Cgroups { levels, pressure })
+        Ok(Cgroups {
+            levels,
+            pressure,
+            membership,
+            found_by,
+            absent,
+        })
+    }
+
+    /// Whether the process was moved into another group since, or one of its groups got a memory
+    /// controller. Takes no descriptor.
+    pub(crate) fn have_changed(&self) -> bool {
+        let is_moved = |text: &str| Some(self.found_by.as_deref() != Some(text));
+        read(&self.membership, is_moved).unwrap_or(false)
+            || self.absent.iter().any(|file| file.exists())
     }
 
     /// The fullest of the groups that have a limit.
@@ -131,9 +173,11 @@ impl Cgroups {
         filled.min_by_key(|filled| filled.headroom_bytes())
     }
 
-    /// Whether one of the groups is out of memory, or was since the last look.
+    /// Whether one of the groups is out of memory, or was since the last look of this process. All of
+    /// them are looked at: what one shortage did to several groups is one event.
     pub(crate) fn is_out(&self) -> bool {
-        self.levels.iter().any(Level::is_out)
+        let out = self.levels.iter().filter(|level| level.is_out());
+        out.count() > 0
     }
 
     /// Share of the last 10 s in percent that some task of the group, or else of the host, waited
@@ -151,21 +195,36 @@ impl Level {
     /// `None` for a group without a memory controller.
     fn open(version: Version, directory: &Path) -> Option<Level> {
         let open = |name: &str| File::open(directory.join(name)).ok();
-        let level = Level {
+        let usage = open(version.usage())?;
+        let events = version.events().iter().find_map(|name| open(name));
+        let metadata = events.as_ref().and_then(|file| file.metadata().ok());
+        let mut level = Level {
             version,
-            usage: open(version.usage())?,
+            usage,
             limits: version
                 .limits()
                 .iter()
                 .filter_map(|name| open(name))
                 .collect(),
             stat: open("memory.stat"),
-            events: open(version.ooms().0),
+            events_key: metadata.map_or((0, 0), |it| (it.dev(), it.ino())),
+            events,
             ooms: AtomicU64::new(0),
         };
-        // What happened before counts as seen.
-        level.is_out();
+        // What happened before anybody looked counts as noted.
+        let told = level.ooms_told();
+        let mut noted = noted_ooms();
+        let number = noted.entry(level.events_key).or_insert(told);
+        // A number that went down is that of another group, with the inode of one that is gone.
+        *number = told.min(*number);
+        level.ooms = AtomicU64::new(*number);
         Some(level)
+    }
+
+    fn ooms_told(&self) -> u64 {
+        let count = |text: &str| number_of(text, self.version.ooms());
+        let number = self.events.as_ref().and_then(|file| read(file, count));
+        number.unwrap_or(0)
     }
 
     fn limit_bytes(&self) -> Option<u64> {
@@ -196,16 +255,26 @@ impl Level {
     }
 
     /// Version 1 tells while it lasts. Version 2 counts the times, also those that nobody was
-    /// killed for, so a new one since the last look tells.
+    /// killed for, so one that nobody took note of yet tells.
     fn is_out(&self) -> bool {
-        let count = |text: &str| number_of(text, self.version.ooms().1);
-        let number = self.events.as_ref().and_then(|file| read(file, count));
-        let number = number.unwrap_or(0);
+        let told = self.ooms_told();
         match self.version {
-            Version::V1 => number > 0,
-            Version::V2 => number > self.ooms.swap(number, Ordering::Relaxed),
+            Version::V1 => told > 0,
+            Version::V2 if told == self.ooms.swap(told, Ordering::Relaxed) => false,
+            Version::V2 => {
+                let mut noted = noted_ooms();
+                let number = noted.entry(self.events_key).or_insert(0);
+                let is_new = told > *number;
+                *number = told;
+                is_new
+            }
         }
     }
+}
+
+fn noted_ooms() -> MutexGuard<'static, BTreeMap<(u64, u64), u64>> {
+    // Changed by single inserts: whole after any panic.
+    NOTED_OOMS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What `parse` makes of the file's text, or of the beginning of one that is longer than a page or
@@ -356,6 +425,75 @@ mod tests {
             filled(2000, 5000),
             "read anew at each look"
         );
+    }
+
+    #[test]
+    fn an_event_is_acted_upon_once_by_one_of_the_guards_of_a_process() {
+        let fake = Fake::new("cgroup2", "rw", "0::/a/b\n");
+        let events = |number: u32| format!("low 0\nmax 9\noom {number}\noom_kill 0\n");
+        let set = |number| {
+            let text: String = events(number);
+            for group in ["a", "a/b"] {
+                let files = [("memory.current", "1"), ("memory.events", text.as_str())];
+                fake.set(group, &files);
+            }
+        };
+        set(3);
+        let (first, second) = (fake.find(), fake.find());
+        assert!(
+            !first.is_out() && !second.is_out(),
+            "it was before their time"
+        );
+        set(4);
+        assert!(first.is_out());
+        assert!(!first.is_out(), "the group above told of the same");
+        assert!(!second.is_out(), "the first one acts upon it");
+        let third = fake.find();
+        assert!(!third.is_out());
+        set(5);
+        assert!(third.is_out() && !first.is_out());
+    }
+
+    #[test]
+    fn what_happened_to_groups_below_is_not_this_groups() {
+        let fake = Fake::new("cgroup2", "rw", "0::/a/b\n");
+        let quiet = "low 0\nmax 0\noom 0\noom_kill 0\n";
+        let files = |below: &'static str| {
+            [
+                ("memory.current", "1"),
+                ("memory.events", below),
+                ("memory.events.local", quiet),
+            ]
+        };
+        fake.set("a", &files(quiet));
+        let cgroups = fake.find();
+        fake.set("a", &files("low 0\nmax 7\noom 7\noom_kill 7\n"));
+        assert!(!cgroups.is_out());
+    }
+
+    #[test]
+    fn a_process_that_was_moved_is_found_in_its_new_group() {
+        let fake = Fake::new("cgroup2", "rw", "0::/a\n");
+        let cgroups = fake.find();
+        assert_eq!(cgroups.filled(), None);
+        assert!(!cgroups.have_changed());
+        fake.set("a/b", &[("memory.max", "8000"), ("memory.current", "1000")]);
+        assert!(!cgroups.have_changed(), "nobody was moved there");
+        fs::write(fake.path("membership"), "0::/a/b\n").unwrap();
+        assert!(cgroups.have_changed());
+        let cgroups = fake.find();
+        assert_eq!(cgroups.filled(), filled(1000, 8000));
+        assert!(!cgroups.have_changed());
+    }
+
+    #[test]
+    fn a_memory_controller_that_is_enabled_later_counts() {
+        let fake = Fake::new("cgroup2", "rw", "0::/a/b\n");
+        let cgroups = fake.find();
+        assert!(!cgroups.have_changed());
+        fake.set("a/b", &[("memory.max", "8000"), ("memory.current", "1000")]);
+        assert!(cgroups.have_changed());
+        assert_eq!(fake.find().filled(), filled(1000, 8000));
     }
 
     #[test]

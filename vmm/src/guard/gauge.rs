@@ -11,10 +11,12 @@
 //! What the kernel holds for a process (page tables, VMAs) is in a cgroup's figure alone.
 //!
 //! # Locks
-//! `Gauge::counted` is a leaf: the merge engine asks the gauge with its own locks held.
+//! `Gauge::counted` and `Gauge::found` are leaves: the merge engine asks the gauge with its own locks
+//! held. The latter is a gauge's own; a twin waits for nobody.
 
+use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +27,9 @@ use super::policy::{Filled, Policy};
 
 /// Monitors in this process.
 static MONITORS: AtomicUsize = AtomicUsize::new(0);
+/// Whether a VM with huge pages was ever created in this process: it may fill whatever limit the
+/// process has.
+static HUGE_PAGES: AtomicBool = AtomicBool::new(false);
 
 /// Time between two counts of the VMs' pages.
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
@@ -37,11 +42,19 @@ const COUNT_COST: u32 = 4;
 #[derive(Debug)]
 pub(crate) struct Gauge {
     process: Arc<ProcessMemory>,
-    cgroups: Option<Cgroups>,
+    found: Mutex<Found>,
+    /// Goes up when the groups are to be found anew; shared with twins.
+    generation: Arc<AtomicU64>,
     counted: Arc<Mutex<Option<Counted>>>,
-    /// Tells the line, which only depends on the number of CPUs.
-    policy: Policy,
+    cpus: usize,
     monitor: Arc<CountedMonitor>,
+}
+
+/// The process's groups as they were found.
+#[derive(Debug)]
+struct Found {
+    cgroups: Option<Arc<Cgroups>>,
+    generation: u64,
 }
 
 /// Counts in [`MONITORS`] while it lives.
@@ -70,6 +83,21 @@ struct Counted {
     cost: Duration,
 }
 
+/// From now on guests may take huge pages.
+pub(crate) fn expect_huge_pages() {
+    HUGE_PAGES.store(true, Ordering::Relaxed);
+}
+
+/// Whether guests may take huge pages.
+pub(super) fn expects_huge_pages() -> bool {
+    HUGE_PAGES.load(Ordering::Relaxed)
+}
+
+/// Domains of this process.
+pub(super) fn domains() -> u64 {
+    MONITORS.load(Ordering::Relaxed) as u64
+}
+
 /// Which limit is the nearest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -80,6 +108,16 @@ pub enum Limit {
     Cgroup,
 }
 
+impl fmt::Display for Limit {
+    /// As the API names what sets it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Limit::Budget => "memory_budget",
+            Limit::Cgroup => "cgroup's limit",
+        })
+    }
+}
+
 fn is_only_monitor() -> bool {
     MONITORS.load(Ordering::Relaxed) == 1
 }
@@ -88,9 +126,13 @@ impl Gauge {
     pub(crate) fn new(process: Arc<ProcessMemory>, cpus: usize) -> Gauge {
         Gauge {
             process,
-            cgroups: cgroups(),
+            found: Mutex::new(Found {
+                cgroups: cgroups(),
+                generation: 0,
+            }),
+            generation: Arc::default(),
             counted: Arc::default(),
-            policy: Policy::new(cpus),
+            cpus,
             monitor: Arc::new(CountedMonitor::new()),
         }
     }
@@ -103,11 +145,64 @@ impl Gauge {
     pub(crate) fn twin(&self) -> io::Result<Gauge> {
         Ok(Gauge {
             process: Arc::new(self.process.reopen()?),
-            cgroups: self.cgroups.as_ref().and_then(|_| cgroups()),
+            found: Mutex::new(Found {
+                cgroups: cgroups(),
+                generation: self.generation.load(Ordering::Relaxed),
+            }),
+            generation: Arc::clone(&self.generation),
             counted: Arc::clone(&self.counted),
-            policy: self.policy.clone(),
+            cpus: self.cpus,
             monitor: Arc::clone(&self.monitor),
         })
+    }
+
+    /// The process's groups, found anew if [`Gauge::follow_moves`] said so since. If they cannot be,
+    /// for want of a descriptor say, those that were found before count until they can.
+    fn cgroups(&self) -> Option<Arc<Cgroups>> {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let generation = self.generation.load(Ordering::Relaxed);
+        if found.generation != generation {
+            found.generation = generation;
+            if let Some(anew) = cgroups() {
+                found.cgroups = Some(anew);
+            }
+        }
+        found.cgroups.clone()
+    }
+
+    /// Has the groups found anew, by this gauge and its twins, if the process was moved, or a
+    /// controller enabled. True if so.
+    pub(crate) fn follow_moves(&self) -> bool {
+        let have_changed = self.cgroups().is_none_or(|cgroups| cgroups.have_changed());
+        if have_changed {
+            self.generation.fetch_add(1, Ordering::Relaxed);
+        }
+        have_changed
+    }
+
+    /// What the kernel tells of this process's memory.
+    pub(crate) fn process(&self) -> &ProcessMemory {
+        &self.process
+    }
+
+    /// A policy that has seen nothing yet: it tells the line, and how much is kept free.
+    pub(crate) fn policy(&self) -> Policy {
+        let mut policy = Policy::new(self.cpus);
+        if expects_huge_pages() {
+            policy.expect_huge_pages();
+        }
+        policy
+    }
+
+    /// What the engine may take of a limit.
+    pub(crate) fn room_for_engine(&self, filled: Filled) -> u64 {
+        let margin_bytes = self.policy().margin_bytes(filled.limit_bytes);
+        filled.headroom_bytes().saturating_sub(margin_bytes)
+    }
+
+    /// Use of a limit above which VMs are ended.
+    pub(crate) fn line_bytes(&self, limit_bytes: u64) -> u64 {
+        self.policy().line_bytes(limit_bytes)
     }
 
     fn counted(&self) -> std::sync::MutexGuard<'_, Option<Counted>> {
@@ -157,6 +252,15 @@ impl Gauge {
         });
     }
 
+    /// What the process has taken since the VMs' pages were counted: some of it may be this domain's.
+    /// 0 where nothing has to be counted.
+    pub(crate) fn uncounted_bytes(&self) -> u64 {
+        let counted = *self.counted();
+        counted.map_or(0, |counted| {
+            self.process_bytes().saturating_sub(counted.process_bytes)
+        })
+    }
+
     fn process_bytes(&self) -> u64 {
         or_logged(self.process.private_bytes())
     }
@@ -168,8 +272,8 @@ impl Gauge {
         private_bytes + or_logged(self.process.pool_bytes())
     }
 
-    /// The nearest limit, and how full it is; `None` where nothing limits.
-    pub(crate) fn nearest(&self, budget_bytes: Option<u64>) -> Option<(Limit, Filled)> {
+    /// All limits, and how full they are.
+    pub(crate) fn limits(&self, budget_bytes: Option<u64>) -> [Option<(Limit, Filled)>; 2] {
         let of_budget = budget_bytes.map(|limit_bytes| {
             let use_bytes = self.use_bytes();
             let filled = Filled {
@@ -178,37 +282,48 @@ impl Gauge {
             };
             (Limit::Budget, filled)
         });
-        let of_cgroup = self.cgroups.as_ref().and_then(Cgroups::filled);
-        let both = [of_budget, of_cgroup.map(|filled| (Limit::Cgroup, filled))];
-        let nearest = both.into_iter().flatten();
-        nearest.min_by_key(|(_, filled)| filled.headroom_bytes())
+        let of_cgroup = self.cgroups().and_then(|cgroups| cgroups.filled());
+        [of_budget, of_cgroup.map(|filled| (Limit::Cgroup, filled))]
+    }
+
+    /// The limit whose line is nearest, and how full it is; `None` where nothing limits.
+    ///
+    /// By the line and not by the limit: of a larger limit more is kept free.
+    pub(crate) fn nearest(&self, budget_bytes: Option<u64>) -> Option<(Limit, Filled)> {
+        let policy = self.policy();
+        let room = |filled: &Filled| {
+            let line_bytes = policy.line_bytes(filled.limit_bytes);
+            i128::from(line_bytes) - i128::from(filled.use_bytes)
+        };
+        let limits = self.limits(budget_bytes).into_iter().flatten();
+        limits.min_by_key(|(_, filled)| room(filled))
     }
 
     /// The limit that a domain's VMs are promised memory of.
     pub(crate) fn limit_bytes(&self, budget_bytes: Option<u64>) -> Option<u64> {
-        let of_cgroup = self.cgroups.as_ref().and_then(Cgroups::filled);
+        let of_cgroup = self.cgroups().and_then(|cgroups| cgroups.filled());
         let both = [budget_bytes, of_cgroup.map(|filled| filled.limit_bytes)];
         both.into_iter().flatten().min()
     }
 
     /// See [`Cgroups::pressure_percent`].
     pub(crate) fn pressure_percent(&self) -> f64 {
-        let cgroups = self.cgroups.as_ref();
-        cgroups.map_or(0.0, Cgroups::pressure_percent)
+        let cgroups = self.cgroups();
+        cgroups.map_or(0.0, |cgroups| cgroups.pressure_percent())
     }
 
     /// See [`Cgroups::is_out`].
     pub(crate) fn is_out(&self) -> bool {
-        self.cgroups.as_ref().is_some_and(Cgroups::is_out)
+        self.cgroups().is_some_and(|cgroups| cgroups.is_out())
     }
 }
 
-fn cgroups() -> Option<Cgroups> {
+fn cgroups() -> Option<Arc<Cgroups>> {
     let cgroups = Cgroups::find(&Places::default());
     if let Err(error) = &cgroups {
         log::warn!("cannot tell the memory limits of this process's cgroups: {error}");
     }
-    cgroups.ok()
+    cgroups.ok().map(Arc::new)
 }
 
 /// A figure that cannot be had counts as nothing: better no guard than one that ends VMs blindly.
@@ -226,9 +341,8 @@ impl MemoryGauge for Gauge {
         let now = Instant::now();
         let counted_at = self.counted().map(|counted| counted.at);
         let (limit, filled) = self.nearest(budget_bytes)?;
-        let margin_bytes = self.policy.margin_bytes(filled.limit_bytes);
         Some(Headroom {
-            bytes: filled.headroom_bytes().saturating_sub(margin_bytes),
+            bytes: self.room_for_engine(filled),
             as_of: counted_at.filter(|_| limit == Limit::Budget).unwrap_or(now),
         })
     }
@@ -249,7 +363,7 @@ mod tests {
         let used = gauge.use_bytes();
         let budget = used + (1 << 30);
         let room = gauge.headroom(Some(budget)).expect("a budget").bytes;
-        let line = gauge.policy.line_bytes(budget);
+        let line = gauge.line_bytes(budget);
         assert!(
             room < line.saturating_sub(used),
             "{room} of {line} - {used}"

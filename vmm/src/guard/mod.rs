@@ -4,32 +4,39 @@
 //! answer to a full cgroup is to kill the monitor with all its VMs. So one thread looks at the real
 //! figure ([`gauge`]), judges it ([`policy`]), and acts before the kernel does: it has the worker
 //! hurry, and past the line it holds all guests of the domain still, ends one VM after the other
-//! until there is room, and lets the rest go on. While it works nobody takes memory, so the limit
-//! is not overrun however long a VM takes to end.
+//! until there is room, and lets the rest go on. While it works nobody takes memory, neither vCPUs
+//! nor device queues nor starts ([`room`]), so the limit is not overrun however long a VM takes to
+//! end. Of domains that share a limit, which a cgroup's is, all are held, and the VM to end is chosen
+//! among those of all.
 //!
 //! Taking back free guest pages would be a step between; it needs a balloon or free page reporting,
 //! which there is none of yet.
 //!
 //! A look must come when it is due, or guests overrun the reserve meanwhile. So it waits for
 //! nothing that the worker, a guest or a reply holds, each of which may be off the CPU for tens of
-//! milliseconds where guests keep all CPUs busy: it takes no lock of theirs, reads by open files
-//! of its own (the kernel has a lock for each), allocates nothing that the full cgroup would have to
-//! be charged for, and its thread runs before theirs.
+//! milliseconds where guests keep all CPUs busy: it takes no lock of theirs, reads by files of its own
+//! that are open from the start (the kernel has a lock for each, and the process may have no descriptor
+//! left when it matters), allocates nothing that the full cgroup would have to be charged for, and its
+//! thread runs before theirs.
 //!
 //! # Locks
 //! The guard holds none but [`ACTING`] while it waits for a VM's end. Until guests are held it takes
-//! but the bell and the roster, which nobody holds for longer than a copy.
+//! but the bell and the roster, which nobody holds for longer than a copy; then the list of
+//! domains too, of which the same holds.
 
 pub(crate) mod cgroup;
 pub(crate) mod gauge;
+mod held;
 pub(crate) mod policy;
+pub(crate) mod room;
+mod round;
 
-use std::collections::BTreeMap;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dedup::Engine;
 use thread_priority::ThreadPriority;
@@ -38,25 +45,23 @@ use thread_priority::unix::{
     thread_native_id,
 };
 
-use self::gauge::Gauge;
-use self::policy::{Action, Candidate, Policy, Sight, victim};
-use crate::id::VmId;
+use self::gauge::{Gauge, Limit};
+use self::room::Room;
+use self::round::Round;
+use crate::admission::UnmergeNoRoom;
 use crate::panics;
 use crate::roster::Roster;
-use crate::state::EndReason;
-use crate::vm::Vm;
 
 /// One guard of the process acts at a time: two that see the same full cgroup would end a VM each.
 static ACTING: Mutex<()> = Mutex::new(());
 
-/// How long the end of a VM is waited for before the next one is chosen.
-const END_PATIENCE: Duration = Duration::from_secs(10);
+/// The guarded domains of this process. Those who share a limit are judged together.
+static DOMAINS: Mutex<Vec<Weak<Watch>>> = Mutex::new(Vec::new());
+
 /// Time until the next look when nothing is left to end.
 const HELPLESS: Duration = Duration::from_millis(500);
 /// How long an unmerge waits where the guard gives it the memory of VMs.
 const UNMERGE_PATIENCE_WITH_VICTIMS: Duration = Duration::from_secs(60);
-/// Time between two questions for the pressure.
-const PRESSURE_INTERVAL: Duration = Duration::from_secs(1);
 /// The most urgent that a thread can be without being real-time, for who may not be that.
 const NICE: i32 = -20;
 
@@ -67,7 +72,11 @@ pub(crate) struct Watch {
     /// For replies and the merge engine; the guard looks by a twin of it.
     pub(crate) gauge: Arc<Gauge>,
     pub(crate) vms: Arc<Roster>,
+    /// What queues and starts may take.
+    pub(crate) room: Room,
     unmerge_victims: AtomicBool,
+    /// What the last unmerge lacked, if that was refused or gave up.
+    unmerge_refusal: Mutex<Option<UnmergeNoRoom>>,
     victims: AtomicU64,
     bell: Mutex<Bell>,
     rung: Condvar,
@@ -80,19 +89,23 @@ struct Bell {
 }
 
 impl Watch {
-    pub(crate) fn new(engine: Arc<Engine>, vms: Arc<Roster>) -> Arc<Watch> {
+    /// # Errors
+    /// If an eventfd cannot be made.
+    pub(crate) fn new(engine: Arc<Engine>, vms: Arc<Roster>) -> io::Result<Arc<Watch>> {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let gauge = Arc::new(Gauge::new(engine.process_memory(), cpus));
         engine.set_memory_gauge(gauge.clone());
-        Arc::new(Watch {
+        Ok(Arc::new(Watch {
             engine,
             gauge,
             vms,
+            room: Room::new()?,
             unmerge_victims: AtomicBool::new(false),
+            unmerge_refusal: Mutex::default(),
             victims: AtomicU64::new(0),
             bell: Mutex::default(),
             rung: Condvar::new(),
-        })
+        }))
     }
 
     /// Whether the guard ends VMs so that an unmerge fits.
@@ -107,9 +120,24 @@ impl Watch {
         self.ring();
     }
 
+    /// What the last unmerge lacked, if that was refused or gave up.
+    pub(crate) fn unmerge_refusal(&self) -> Option<UnmergeNoRoom> {
+        let refusal = self.unmerge_refusal.lock();
+        *refusal.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_unmerge_refusal(&self, refusal: Option<UnmergeNoRoom>) {
+        let lock = self.unmerge_refusal.lock();
+        *lock.unwrap_or_else(PoisonError::into_inner) = refusal;
+    }
+
     /// VMs that the guard ended so far.
     pub(crate) fn victims(&self) -> u64 {
         self.victims.load(Ordering::Relaxed)
+    }
+
+    fn count_victim(&self) {
+        self.victims.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Has the guard look at once: something changed that its next look cannot wait for.
@@ -122,10 +150,48 @@ impl Watch {
     /// or its twin.
     pub(crate) fn count(&self, gauge: &Gauge) {
         let vms = self.vms.all();
-        gauge.calibrate(|| vms.iter().filter_map(|vm| vm.private_bytes()).sum());
+        let of = |vm: &Arc<crate::vm::Vm>| vm.private_bytes(gauge.process());
+        gauge.calibrate(|| vms.iter().filter_map(of).sum());
     }
 
-    fn bell(&self) -> std::sync::MutexGuard<'_, Bell> {
+    /// What a start may reserve, of the limit that has the least left; `None` where nothing limits.
+    /// With it which one that is, and how much.
+    pub(crate) fn room_for_start(&self) -> Option<(Limit, u64, u64)> {
+        let budget_bytes = self.engine.memory_budget_bytes();
+        // A start is when guests begin to take memory: the limit should be the one that counts now.
+        self.gauge.follow_moves();
+        if budget_bytes.is_some() {
+            self.count(&self.gauge);
+        }
+        let limits = self.gauge.limits(budget_bytes).into_iter().flatten();
+        let rooms = limits.map(|(limit, filled)| {
+            let reserved_bytes = self.reserved_bytes(limit);
+            let line_bytes = self.gauge.line_bytes(filled.limit_bytes);
+            let room_bytes = line_bytes.saturating_sub(filled.use_bytes + reserved_bytes);
+            (limit, room_bytes, filled.limit_bytes)
+        });
+        rooms.min_by_key(|&(_, room_bytes, _)| room_bytes)
+    }
+
+    /// What starts have reserved and not taken yet, of those that `limit` counts for.
+    fn reserved_bytes(&self, limit: Limit) -> u64 {
+        match limit {
+            Limit::Budget => self.room.reserved_bytes(),
+            Limit::Cgroup => room::RESERVED_BYTES.load(Ordering::SeqCst),
+        }
+    }
+
+    /// The domains that `limit` counts for; this one is among them.
+    fn sharing(self: &Arc<Watch>, limit: Limit) -> Vec<Arc<Watch>> {
+        let others = match limit {
+            Limit::Budget => Vec::new(),
+            Limit::Cgroup => domains().iter().filter_map(Weak::upgrade).collect(),
+        };
+        let others = others.into_iter().filter(|other| !Arc::ptr_eq(other, self));
+        std::iter::once(self.clone()).chain(others).collect()
+    }
+
+    fn bell(&self) -> MutexGuard<'_, Bell> {
         self.bell.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -141,6 +207,11 @@ impl Watch {
     }
 }
 
+fn domains() -> MutexGuard<'static, Vec<Weak<Watch>>> {
+    // Changed by single pushes and a retain of its own: whole after any panic.
+    DOMAINS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The guard's thread, stopped and joined on drop.
 #[derive(Debug)]
 pub(crate) struct Guard {
@@ -150,11 +221,12 @@ pub(crate) struct Guard {
 
 impl Guard {
     /// Starts the thread `guard`.
-    pub(crate) fn spawn(watch: &Arc<Watch>) -> std::io::Result<Guard> {
+    pub(crate) fn spawn(watch: &Arc<Watch>) -> io::Result<Guard> {
         let (theirs, gauge) = (watch.clone(), watch.gauge.twin()?);
         let thread = std::thread::Builder::new()
             .name("guard".to_owned())
             .spawn(move || stand(&theirs, gauge))?;
+        domains().push(Arc::downgrade(watch));
         Ok(Guard {
             watch: watch.clone(),
             thread: Some(thread),
@@ -164,6 +236,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        domains().retain(|domain| !std::ptr::eq(domain.as_ptr(), Arc::as_ptr(&self.watch)));
         self.watch.bell().stop = true;
         self.watch.rung.notify_all();
         if let Some(thread) = self.thread.take()
@@ -189,7 +262,7 @@ fn run_before_guests() {
 }
 
 /// The thread: one look after the other.
-fn stand(watch: &Watch, gauge: Gauge) {
+fn stand(watch: &Arc<Watch>, gauge: Gauge) {
     run_before_guests();
     let mut round = Round::new(watch, gauge);
     loop {
@@ -202,163 +275,5 @@ fn stand(watch: &Watch, gauge: Gauge) {
         if !watch.wait(next) {
             break;
         }
-    }
-}
-
-struct Round<'a> {
-    watch: &'a Watch,
-    gauge: Gauge,
-    policy: Policy,
-    begun: Instant,
-    /// What the worker was told last.
-    hurries: bool,
-    /// PSI, and when it was asked for.
-    pressure: Option<(Instant, f64)>,
-}
-
-impl<'a> Round<'a> {
-    fn new(watch: &'a Watch, gauge: Gauge) -> Round<'a> {
-        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Round {
-            watch,
-            gauge,
-            policy: Policy::new(cpus),
-            begun: Instant::now(),
-            hurries: false,
-            pressure: None,
-        }
-    }
-
-    /// One look, and what it asks for. Returns the time until the next.
-    fn look(&mut self) -> Duration {
-        let budget_bytes = self.watch.engine.memory_budget_bytes();
-        if budget_bytes.is_some() && self.gauge.wants_count(budget_bytes) {
-            self.watch.count(&self.gauge);
-        }
-        self.ask_pressure();
-        let mut sight = self.sight();
-        self.policy.note(self.begun.elapsed(), &sight);
-        let action = self.policy.action(self.begun.elapsed(), &sight);
-        let mut is_helpless = false;
-        if action == Action::StopVictim {
-            is_helpless = !self.make_room(sight.is_starving);
-            self.policy.begin_anew();
-            sight = self.sight();
-            self.policy.note(self.begun.elapsed(), &sight);
-        }
-        self.tell_worker(action != Action::Rest);
-        let next = self.policy.next_look(&sight);
-        if is_helpless {
-            next.max(HELPLESS)
-        } else {
-            next
-        }
-    }
-
-    /// Has the worker hurry, or not any more. If its orders are in use the next look tells it.
-    fn tell_worker(&mut self, hurry: bool) {
-        if hurry != self.hurries && self.watch.engine.try_set_hurry(hurry) {
-            self.hurries = hurry;
-        }
-    }
-
-    /// Asks for the pressure if the answer is old: the kernel averages it over 10 s.
-    fn ask_pressure(&mut self) {
-        let is_fresh = |(at, _): (Instant, f64)| at.elapsed() < PRESSURE_INTERVAL;
-        if !self.pressure.is_some_and(is_fresh) {
-            let percent = self.gauge.pressure_percent();
-            self.pressure = Some((Instant::now(), percent));
-        }
-    }
-
-    fn sight(&self) -> Sight {
-        let watch = self.watch;
-        let nearest = self.gauge.nearest(watch.engine.memory_budget_bytes());
-        let filled = nearest.map(|(_, filled)| filled);
-        let is_short = filled.is_some_and(policy::Filled::is_short);
-        Sight {
-            filled,
-            pressure_percent: self.pressure.map_or(0.0, |(_, percent)| percent),
-            is_out: is_short && self.gauge.is_out(),
-            is_starving: watch.unmerge_victims() && watch.engine.memory_waited_for_bytes() > 0,
-        }
-    }
-
-    /// Holds the guests and ends VMs until use is below the line, and one at least for an unmerge
-    /// that starves. False if there is nothing left to end.
-    fn make_room(&mut self, for_unmerge: bool) -> bool {
-        let mut held = Held::default();
-        held.hold(&self.watch.vms.all());
-        let _acting = ACTING.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut ended = 0;
-        loop {
-            self.watch.count(&self.gauge);
-            let sight = self.sight();
-            // What was growing stands still.
-            self.policy.begin_anew();
-            let is_over = self.policy.action(Duration::ZERO, &sight) == Action::StopVictim;
-            let is_owed = for_unmerge && sight.is_starving && ended == 0;
-            if !is_over && !is_owed {
-                return true;
-            }
-            let vms = self.watch.vms.all();
-            // Some may have been started meanwhile.
-            held.hold(&vms);
-            if has_ended(&vms) {
-                continue;
-            }
-            let Some(vm) = Self::next_end(&vms) else {
-                log::error!("memory is over its limit, and there is no vm left to end: {sight:?}");
-                return false;
-            };
-            log::warn!("vm {} is ended for want of memory: {sight:?}", vm.id());
-            vm.end(EndReason::OomVictim);
-            match vm.wait_ended(Instant::now() + END_PATIENCE) {
-                Some(EndReason::OomVictim) => {
-                    self.watch.victims.fetch_add(1, Ordering::Relaxed);
-                }
-                // Somebody else was quicker.
-                Some(_) => {}
-                None => log::error!("vm {} has not ended within {END_PATIENCE:?}", vm.id()),
-            }
-            ended += 1;
-            self.watch.engine.memory_given_back();
-        }
-    }
-
-    /// The VM to end next. Only those of the lowest priority are asked how much they hold: the
-    /// answer takes a walk through their page tables, and all guests stand still meanwhile.
-    fn next_end(vms: &[Arc<Vm>]) -> Option<Arc<Vm>> {
-        let endable = || vms.iter().filter(|vm| vm.has_machine());
-        let lowest = endable().map(|vm| vm.oom_priority()).min()?;
-        let least_important = endable().filter(|vm| vm.oom_priority() == lowest);
-        let candidates: Vec<Candidate> = least_important.filter_map(|vm| vm.candidate()).collect();
-        let chosen = &victim(&candidates)?.id;
-        vms.iter().find(|vm| vm.id() == chosen).cloned()
-    }
-}
-
-/// Waits for a VM that is ending anyway, if there is one. True if it has ended: that may do.
-fn has_ended(vms: &[Arc<Vm>]) -> bool {
-    let ending = vms.iter().find(|vm| vm.is_ending());
-    ending.is_some_and(|vm| vm.wait_ended(Instant::now() + END_PATIENCE).is_some())
-}
-
-/// VMs whose guests stand still until this is dropped.
-#[derive(Default)]
-struct Held(BTreeMap<VmId, Arc<Vm>>);
-
-impl Held {
-    fn hold(&mut self, vms: &[Arc<Vm>]) {
-        for vm in vms {
-            vm.set_held(true);
-            self.0.insert(vm.id().clone(), vm.clone());
-        }
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.values().for_each(|vm| vm.set_held(false));
     }
 }

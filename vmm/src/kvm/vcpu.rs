@@ -87,6 +87,17 @@ pub(crate) fn tsc_khz(vcpus: &[VcpuFd]) -> Option<u32> {
     tsc_khz.ok().filter(|&tsc_khz| tsc_khz > 0)
 }
 
+/// Waits for the vCPUs of a VM without what keeps the VM: that may end meanwhile.
+#[derive(Debug)]
+pub(crate) struct Stillness(Arc<Gate>);
+
+impl Stillness {
+    /// Waits until all vCPUs stand still or have left, or are told something else than to pause.
+    pub(crate) fn wait(self) {
+        self.0.wait_still();
+    }
+}
+
 /// The vCPU threads of one VM. They stand still until [`VcpuThreads::set`] says otherwise.
 #[derive(Debug)]
 pub(crate) struct VcpuThreads {
@@ -148,9 +159,9 @@ impl VcpuThreads {
         }
     }
 
-    /// Waits until all vCPUs stand still (or have left), after `set(Order::Pause)`.
-    pub(crate) fn wait_still(&self) {
-        self.gate.wait_still();
+    /// What waits until all vCPUs stand still, after `set(Order::Pause)`.
+    pub(crate) fn stillness(&self) -> Stillness {
+        Stillness(self.gate.clone())
     }
 
     /// Waits until all threads are over, after `set(Order::Exit)`.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, RegionHandle};
+use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, ProcessMemory, RegionHandle};
 use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegion;
@@ -170,11 +170,11 @@ impl Ram {
     ///
     /// # Errors
     /// If the kernel does not tell.
-    pub(crate) fn private_bytes(&self) -> std::io::Result<u64> {
-        match &self.backing {
-            Backing::Private(mapping) | Backing::Mergeable(mapping) => mapping.private_bytes(),
-            Backing::Merged(region) => region.mapping().private_bytes(),
-        }
+    pub(crate) fn private_bytes(&self, process: &ProcessMemory) -> std::io::Result<u64> {
+        process.private_bytes_of(match &self.backing {
+            Backing::Private(mapping) | Backing::Mergeable(mapping) => mapping,
+            Backing::Merged(region) => region.mapping(),
+        })
     }
 
     /// What merges it on demand; `None` when the engine does not merge it.

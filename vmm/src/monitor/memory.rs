@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dedup::Stats;
+use dedup::{EngineError, Run, Stats};
 
 use super::Monitor;
-use crate::admission::{Claims, Promise};
+use crate::admission::{Claims, Promise, UnmergeNoRoom};
 use crate::error::MonitorError;
 use crate::guard::gauge::Limit;
 use crate::id::VmId;
@@ -51,10 +51,99 @@ impl Monitor {
     }
 
     /// Changes the memory that the domain may take; `None` for no budget of its own. VMs are ended
-    /// if they hold more.
+    /// if they hold more; [`Monitor::try_set_memory_budget`] refuses such a budget.
     pub fn set_memory_budget(&self, budget_bytes: Option<u64>) {
         self.host.engine.set_memory_budget(budget_bytes);
         self.watch.ring();
+    }
+
+    /// As [`Monitor::set_memory_budget`], unless VMs would be ended for it at once: a budget in MiB
+    /// where bytes are meant is one.
+    ///
+    /// # Errors
+    /// [`MonitorError::BudgetBelowUse`].
+    pub fn try_set_memory_budget(&self, budget_bytes: Option<u64>) -> Result<(), MonitorError> {
+        if let Some(budget_bytes) = budget_bytes {
+            let gauge = &self.watch.gauge;
+            self.watch.count(gauge);
+            let use_bytes = gauge.use_bytes();
+            let least_bytes = gauge.policy().least_limit_bytes(use_bytes);
+            if budget_bytes < least_bytes {
+                return Err(MonitorError::BudgetBelowUse {
+                    budget_bytes,
+                    use_bytes,
+                    least_bytes,
+                });
+            }
+        }
+        self.set_memory_budget(budget_bytes);
+        Ok(())
+    }
+
+    /// Starts or stops merging, or stops and unmerges everything, as [`dedup::Engine::set_run`].
+    ///
+    /// An unmerge that does not fit is refused before anything is unmerged, unless VMs may be ended
+    /// for it: half an unmerge would leave the domain at its limit, and a VM would be ended for the
+    /// next pages that guests write. If it turns out in the middle, what was merged before is merged
+    /// again.
+    ///
+    /// # Errors
+    /// [`MonitorError::UnmergeNoRoom`], [`MonitorError::UnmergeSuperseded`], or
+    /// [`MonitorError::Host`] when private copies cannot be had for another reason.
+    pub fn set_run(&self, run: Run) -> Result<(), MonitorError> {
+        let (engine, watch) = (&self.host.engine, &self.watch);
+        let before = engine.run();
+        if run == Run::Unmerge
+            && !watch.unmerge_victims()
+            && let Some(refusal) = self.unmerge_shortage()
+            && refusal.missing_bytes() > 0
+        {
+            watch.set_unmerge_refusal(Some(refusal));
+            return Err(MonitorError::UnmergeNoRoom(refusal));
+        }
+        let error = match engine.set_run(run) {
+            Ok(()) => {
+                watch.set_unmerge_refusal(None);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match error {
+            EngineError::UnmergeSuperseded => Err(MonitorError::UnmergeSuperseded),
+            EngineError::UnmergeNoMemory(_) => {
+                let refusal = self.unmerge_shortage();
+                // What is unmerged stands at the limit; merging makes room again.
+                if before == Run::Merge && engine.run() == Run::Stop {
+                    engine.set_run(before).map_err(merge_engine)?;
+                }
+                watch.set_unmerge_refusal(refusal);
+                Err(match refusal {
+                    Some(refusal) => MonitorError::UnmergeNoRoom(refusal),
+                    None => merge_engine(error),
+                })
+            }
+            error => Err(merge_engine(error)),
+        }
+    }
+
+    /// What an unmerge of all that is merged would take, and what is left; `None` where nothing
+    /// limits.
+    fn unmerge_shortage(&self) -> Option<UnmergeNoRoom> {
+        let (engine, gauge) = (&self.host.engine, &self.watch.gauge);
+        let budget_bytes = engine.memory_budget_bytes();
+        if gauge.wants_count(budget_bytes) {
+            self.watch.count(gauge);
+        }
+        let (limit, filled) = gauge.nearest(budget_bytes)?;
+        let stats = engine.stats();
+        // The pages of the pool come back as their last sharers leave.
+        let copies = stats.pages_sharing + stats.pages_zero;
+        Some(UnmergeNoRoom {
+            needed_bytes: copies * dedup::PAGE_SIZE_BYTES as u64,
+            room_bytes: gauge.room_for_engine(filled),
+            limit,
+            limit_bytes: filled.limit_bytes,
+        })
     }
 
     /// Changes how many times the domain's limit may be promised to VMs; `None` for as often as one
@@ -106,8 +195,18 @@ impl Monitor {
             nominal_bytes: vms.iter().filter_map(|vm| vm.nominal_bytes()).sum(),
             overcommit_ratio: self.overcommit_ratio(),
             unmerge_victims: watch.unmerge_victims(),
+            unmerge_missing_bytes: watch
+                .unmerge_refusal()
+                .map(|refusal| refusal.missing_bytes()),
             oom_victims: watch.victims(),
         }
+    }
+}
+
+fn merge_engine(error: EngineError) -> MonitorError {
+    MonitorError::Host {
+        what: "merge engine",
+        error: Box::new(error),
     }
 }
 

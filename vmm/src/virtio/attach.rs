@@ -9,7 +9,9 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::lock;
-use super::{Block, Device, Disk, GuestMemory, Interrupt, QueueWorker, Transport};
+use super::{
+    Allowance, Block, Device, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport,
+};
 use crate::bus::MmioDevice;
 
 /// Address of the first device's registers, in the hole below 4 GiB.
@@ -105,7 +107,8 @@ impl std::fmt::Debug for Attachment {
     }
 }
 
-/// Makes the parts of `device`. `label` names it in log messages, as in `vm1/rootfs`.
+/// Makes the parts of `device`, which takes memory by leave of `allowance`. `label` names it in log
+/// messages, as in `vm1/rootfs`.
 ///
 /// # Errors
 /// No eventfd can be made.
@@ -114,12 +117,13 @@ pub fn attach<D: Device + 'static>(
     label: &str,
     device: D,
     memory: Arc<GuestMemory>,
+    allowance: Arc<dyn Allowance>,
 ) -> io::Result<Attachment> {
     let label: Arc<str> = Arc::from(label);
     let device = Arc::new(Mutex::new(device));
     let interrupt = Arc::new(Interrupt::new()?);
     let queue_count = lock(&device).queue_max_sizes().len();
-    let events: Arc<[EventFd]> = (0..queue_count)
+    let events: Doorbells = (0..queue_count)
         .map(|_| EventFd::new(EFD_NONBLOCK))
         .collect::<io::Result<_>>()?;
     let doorbells = (0_u32..)
@@ -138,6 +142,7 @@ pub fn attach<D: Device + 'static>(
         events.clone(),
         interrupt.clone(),
         label.clone(),
+        allowance,
     );
     let registers = Transport::new(device, memory, interrupt, events, label);
     Ok(Attachment {
@@ -158,8 +163,10 @@ pub fn attach_block(
     label: &str,
     disk: Disk,
     memory: Arc<GuestMemory>,
+    allowance: Arc<dyn Allowance>,
 ) -> io::Result<Attachment> {
-    attach(slot, label, Block::new(disk), memory)
+    let device = Block::new(disk, allowance.clone());
+    attach(slot, label, device, memory, allowance)
 }
 
 #[cfg(test)]
@@ -167,7 +174,7 @@ mod tests {
     use super::*;
     use crate::bus::MmioBus;
     use crate::events::EventLoop;
-    use crate::virtio::fuzzing;
+    use crate::virtio::{Unbounded, fuzzing};
     use std::time::{Duration, Instant};
     use vm_memory::{Bytes, GuestAddress};
 
@@ -210,7 +217,8 @@ mod tests {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
         let memory = Arc::new(memory);
         let slot = Slot::new(3).unwrap();
-        let parts = attach_block(slot, "vm/disk", disk, memory.clone()).unwrap();
+        let parts =
+            attach_block(slot, "vm/disk", disk, memory.clone(), Arc::new(Unbounded)).unwrap();
 
         let events = EventLoop::new().unwrap();
         let id = events
@@ -256,7 +264,7 @@ mod tests {
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 0);
 
         drop(bus);
-        events.remote().remove(id).unwrap();
+        events.remote().remove(vec![id]).unwrap();
         assert_eq!(Arc::strong_count(&memory), 1);
     }
 }

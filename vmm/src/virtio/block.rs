@@ -1,13 +1,15 @@
 //! virtio-block over a raw file (virtio 1.2, section 5.2).
 //!
-//! One queue, requests served in order and to their end on the event loop. `VIRTIO_BLK_F_FLUSH` is
-//! offered where the drive is configured to honour it, `VIRTIO_BLK_F_RO` where it is read-only.
+//! One queue, requests served in order on the event loop. A request for whose data there is not the
+//! memory lies with the device, half done, until there is. `VIRTIO_BLK_F_FLUSH` is offered where the
+//! drive is configured to honour it, `VIRTIO_BLK_F_RO` where it is read-only.
 
 mod disk;
 mod image_format;
 mod request;
 mod segments;
 
+use std::fmt;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
@@ -20,9 +22,12 @@ use virtio_queue::{DescriptorChain, Queue};
 use vm_memory::Bytes;
 
 pub use self::disk::{Disk, DiskError};
-use self::disk::{DiskFault, MAX_REQUEST_BYTES};
+use self::disk::{DiskFault, MAX_REQUEST_BYTES, Position};
 use self::request::{Kind, QUEUE_SIZE, Request};
-use super::{Activation, Budget, Device, GuestMemory, LogLimit, Progress, RingError, Served, ring};
+use super::ring::{self, Finished};
+use super::{
+    Activation, Allowance, Budget, Device, GuestMemory, LogLimit, Progress, RingError, Served,
+};
 use crate::config::CacheType;
 
 /// Most data segments in a request: a chain as long as the queue, less header and status.
@@ -36,6 +41,7 @@ const _: () = assert!(SEG_MAX as u64 * SIZE_MAX as u64 <= MAX_REQUEST_BYTES);
 #[derive(Debug)]
 pub struct Block {
     disk: Disk,
+    allowance: Arc<dyn Allowance>,
     active: Option<Active>,
     log_limit: LogLimit,
 }
@@ -45,13 +51,34 @@ struct Active {
     memory: Arc<GuestMemory>,
     queue: Queue,
     label: Arc<str>,
+    /// A request that there was not the memory for, to be gone on with first.
+    taken: Option<Taken>,
+}
+
+/// A request that was taken off the ring.
+#[derive(Debug)]
+struct Taken {
+    head: u16,
+    request: Request,
+    progress: Done,
+}
+
+/// How far a request got.
+#[derive(Debug)]
+enum Done {
+    /// So many bytes of its data were moved.
+    Data(u64),
+    /// Its data is done with; what is to be told of it in the status byte, and bytes written.
+    All(u8, u64),
 }
 
 impl Block {
-    /// A device over `disk` that no driver has set up.
-    pub fn new(disk: Disk) -> Self {
+    /// A device over `disk` that no driver has set up, and that takes memory by leave of
+    /// `allowance`.
+    pub fn new(disk: Disk, allowance: Arc<dyn Allowance>) -> Self {
         Block {
             disk,
+            allowance,
             active: None,
             log_limit: LogLimit::new(),
         }
@@ -103,6 +130,7 @@ impl Device for Block {
             memory: activation.memory,
             queue,
             label: activation.label,
+            taken: None,
         });
     }
 
@@ -110,9 +138,36 @@ impl Device for Block {
         let (Some(active), 0) = (self.active.as_mut(), index) else {
             return Ok(Progress::default());
         };
-        let (disk, log_limit, label) = (&mut self.disk, &mut self.log_limit, &active.label);
-        ring::drain(&mut active.queue, &active.memory, Budget::SLICE, |chain| {
-            serve(disk, &chain, |problem| log_limit.warn(label, problem))
+        let Active {
+            memory,
+            queue,
+            label,
+            taken,
+        } = active;
+        let (memory, label): (&GuestMemory, &str) = (&*memory, &*label);
+        let log_limit = &mut self.log_limit;
+        let mut service = Service {
+            disk: &mut self.disk,
+            memory,
+            allowance: &*self.allowance,
+            complain: |problem: &dyn fmt::Display| log_limit.warn(label, problem),
+        };
+        let finished = match taken.take() {
+            None => None,
+            Some(mut kept) => {
+                let head = kept.head;
+                let Some(served) = service.go_on(&mut kept) else {
+                    *taken = Some(kept);
+                    return Ok(Progress {
+                        starved: true,
+                        ..Progress::default()
+                    });
+                };
+                Some(Finished { head, served })
+            }
+        };
+        ring::drain(queue, memory, Budget::SLICE, finished, |chain| {
+            service.serve(&chain, taken)
         })
     }
 
@@ -121,54 +176,165 @@ impl Device for Block {
     }
 }
 
-/// Serves one request: data, then the status byte.
-fn serve(
-    disk: &mut Disk,
-    chain: &DescriptorChain<&GuestMemory>,
-    mut complain: impl FnMut(&dyn std::fmt::Display),
-) -> Served {
-    let memory: &GuestMemory = chain.memory();
-    let request = match Request::parse(chain.clone(), memory) {
-        Ok(request) => request,
-        Err(error) => {
-            // There is no status byte to answer in. The chain goes back with nothing written, so
-            // that the driver gets its buffers back, and its queue does not silently fill up.
-            complain(&error);
-            return Served {
-                used_bytes: 0,
-                cost_bytes: 1,
-            };
-        }
-    };
-    let cost_bytes = match request.kind {
-        // It may take any time: a turn of its own.
-        Kind::Flush => u64::MAX,
-        _ => 1 + request.readable.length_bytes() + request.writable.length_bytes(),
-    };
-    let (status, written_bytes) = match execute(disk, &request, memory) {
-        Ok(written_bytes) => (VIRTIO_BLK_S_OK, written_bytes),
-        Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
-        Err(Failure::Fault(fault)) => {
-            complain(&fault);
-            (VIRTIO_BLK_S_IOERR, 0)
-        }
-    };
-    // Lossless: the three status values are below 256.
-    let status = status.to_le_bytes()[0];
-    if let Err(error) = memory.write_obj(status, request.status_address) {
-        complain(&error);
-        return Served {
-            used_bytes: 0,
-            cost_bytes,
+/// What a turn serves requests with.
+struct Service<'a, F> {
+    disk: &'a mut Disk,
+    memory: &'a GuestMemory,
+    allowance: &'a dyn Allowance,
+    complain: F,
+}
+
+impl<F: FnMut(&dyn fmt::Display)> Service<'_, F> {
+    /// Serves one request: data, then the status byte. `None` if there is not the memory for it: it
+    /// lies in `taken` then.
+    fn serve(
+        &mut self,
+        chain: &DescriptorChain<&GuestMemory>,
+        taken: &mut Option<Taken>,
+    ) -> Option<Served> {
+        let request = match Request::parse(chain.clone(), self.memory) {
+            Ok(request) => request,
+            Err(error) => {
+                // There is no status byte to answer in. The chain goes back with nothing written, so
+                // that the driver gets its buffers back, and its queue does not silently fill up.
+                (self.complain)(&error);
+                return Some(Served {
+                    used_bytes: 0,
+                    cost_bytes: 1,
+                });
+            }
         };
+        let mut this = Taken {
+            head: chain.head_index(),
+            request,
+            progress: Done::Data(0),
+        };
+        let served = self.go_on(&mut this);
+        if served.is_none() {
+            *taken = Some(this);
+        }
+        served
     }
-    // Data and status (2.7.8); drivers go by the status alone.
-    let used_bytes = u32::try_from(written_bytes)
-        .unwrap_or(u32::MAX)
-        .saturating_add(1);
-    Served {
-        used_bytes,
-        cost_bytes,
+
+    /// Goes on where an earlier turn stopped. `None` if there is not the memory for it.
+    fn go_on(&mut self, taken: &mut Taken) -> Option<Served> {
+        let request = &taken.request;
+        if let Done::Data(done_bytes) = taken.progress {
+            let (status, written_bytes) = match self.execute(request, done_bytes) {
+                Ok(Moved::All(written_bytes)) => (VIRTIO_BLK_S_OK, written_bytes),
+                Ok(Moved::UpTo(done_bytes)) => {
+                    taken.progress = Done::Data(done_bytes);
+                    return None;
+                }
+                Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+                Err(Failure::Fault(fault)) => {
+                    (self.complain)(&fault);
+                    (VIRTIO_BLK_S_IOERR, 0)
+                }
+            };
+            // Lossless: the three status values are below 256.
+            taken.progress = Done::All(status.to_le_bytes()[0], written_bytes);
+        }
+        let Done::All(status, written_bytes) = taken.progress else {
+            return None;
+        };
+        // The byte may lie on a page that nobody touched yet.
+        if !self.allowance.take(self.allowance.page_bytes()) {
+            return None;
+        }
+        let cost_bytes = match request.kind {
+            // It may take any time: a turn of its own.
+            Kind::Flush => u64::MAX,
+            _ => 1 + request.readable.length_bytes() + request.writable.length_bytes(),
+        };
+        let status_written = self.memory.write_obj(status, request.status_address);
+        if let Err(error) = &status_written {
+            (self.complain)(error);
+        }
+        // Data and status (2.7.8); drivers go by the status alone.
+        let used_bytes = u32::try_from(written_bytes)
+            .unwrap_or(u32::MAX)
+            .saturating_add(1);
+        Some(Served {
+            used_bytes: if status_written.is_ok() {
+                used_bytes
+            } else {
+                0
+            },
+            cost_bytes,
+        })
+    }
+
+    /// Carries out a request, of whose data `done_bytes` are moved already.
+    fn execute(&mut self, request: &Request, done_bytes: u64) -> Result<Moved, Failure> {
+        let (memory, allowance) = (self.memory, self.allowance);
+        let at = Position {
+            sector: request.sector,
+            done_bytes,
+        };
+        match request.kind {
+            Kind::In => {
+                let done_bytes = self.disk.read(at, &request.writable, memory, allowance)?;
+                let length_bytes = request.writable.length_bytes();
+                Ok(Moved::of(done_bytes, length_bytes, length_bytes))
+            }
+            Kind::Out => {
+                let done_bytes = self.disk.write(at, &request.readable, memory, allowance)?;
+                Ok(Moved::of(done_bytes, request.readable.length_bytes(), 0))
+            }
+            Kind::Flush => {
+                self.disk.flush()?;
+                Ok(Moved::All(0))
+            }
+            Kind::GetId => self.write_id(request, done_bytes),
+            Kind::Unknown(_) => Err(Failure::Unsupported),
+        }
+    }
+
+    /// Writes the drive's name, of which `done_bytes` are written already.
+    fn write_id(&self, request: &Request, done_bytes: u64) -> Result<Moved, Failure> {
+        let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
+        for (byte, value) in serial.iter_mut().zip(self.disk.drive_id().bytes()) {
+            *byte = value;
+        }
+        let mut done = usize::try_from(done_bytes).unwrap_or(serial.len());
+        let pieces = request
+            .writable
+            .pieces(done_bytes, self.allowance.page_bytes());
+        // The buffers may have a byte on each of many pages, which are taken as any other data's.
+        for piece in pieces {
+            let rest = serial.get(done..).unwrap_or_default();
+            let room = usize::try_from(piece.length_bytes).unwrap_or(usize::MAX);
+            let now = &rest[..rest.len().min(room)];
+            if now.is_empty() {
+                break;
+            }
+            if !self.allowance.take(piece.memory_bytes) {
+                return Ok(Moved::UpTo(done as u64));
+            }
+            let written = self.memory.write_slice(now, piece.address);
+            written.map_err(DiskFault::Memory)?;
+            done += now.len();
+        }
+        Ok(Moved::All(done as u64))
+    }
+}
+
+/// What became of a request's data.
+enum Moved {
+    /// All of it was moved, and so many bytes written to the guest's buffers.
+    All(u64),
+    /// So many bytes of it.
+    UpTo(u64),
+}
+
+impl Moved {
+    fn of(done_bytes: u64, length_bytes: u64, written_bytes: u64) -> Moved {
+        if done_bytes < length_bytes {
+            Moved::UpTo(done_bytes)
+        } else {
+            Moved::All(written_bytes)
+        }
     }
 }
 
@@ -181,35 +347,6 @@ enum Failure {
 impl From<DiskFault> for Failure {
     fn from(fault: DiskFault) -> Self {
         Failure::Fault(fault)
-    }
-}
-
-/// Carries out a request; returns the number of bytes written to the guest's buffers.
-fn execute(disk: &mut Disk, request: &Request, memory: &GuestMemory) -> Result<u64, Failure> {
-    match request.kind {
-        Kind::In => {
-            disk.read(request.sector, &request.writable, memory)?;
-            Ok(request.writable.length_bytes())
-        }
-        Kind::Out => {
-            disk.write(request.sector, &request.readable, memory)?;
-            Ok(0)
-        }
-        Kind::Flush => {
-            disk.flush()?;
-            Ok(0)
-        }
-        Kind::GetId => {
-            let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
-            for (byte, value) in serial.iter_mut().zip(disk.drive_id().bytes()) {
-                *byte = value;
-            }
-            Ok(request
-                .writable
-                .write_bytes(memory, &serial)
-                .map_err(DiskFault::Memory)?)
-        }
-        Kind::Unknown(_) => Err(Failure::Unsupported),
     }
 }
 

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_mmio as register;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Block, Disk, GuestMemory, Interrupt, QueueWorker, Transport};
+use super::{Allowance, Block, Disk, GuestMemory, Interrupt, QueueWorker, Transport, Unbounded};
 use crate::bus::MmioDevice;
 use crate::config::{CacheType, Drive, DriveSamepage, IoEngine, Unsupported};
 
@@ -60,14 +60,19 @@ pub struct Guest {
 
 impl Guest {
     /// A guest with `disk`, before its driver starts.
-    #[expect(clippy::expect_used, reason = "only in tests and fuzz targets")]
     pub fn new(disk: Disk) -> Guest {
+        Guest::allowed(disk, Arc::new(Unbounded))
+    }
+
+    /// A guest whose device takes memory by leave of `allowance`.
+    #[expect(clippy::expect_used, reason = "only in tests and fuzz targets")]
+    pub(crate) fn allowed(disk: Disk, allowance: Arc<dyn Allowance>) -> Guest {
         let ranges = [
             (GuestAddress(0), LOW_BYTES),
             (GuestAddress(HIGH_START), HIGH_BYTES),
         ];
         let memory = Arc::new(GuestMemory::from_ranges(&ranges).expect("guest memory"));
-        let device = Arc::new(Mutex::new(Block::new(disk)));
+        let device = Arc::new(Mutex::new(Block::new(disk, allowance.clone())));
         let interrupt = Arc::new(Interrupt::new().expect("eventfd"));
         let doorbells: Arc<[EventFd]> = Arc::new([EventFd::new(EFD_NONBLOCK).expect("eventfd")]);
         let label: Arc<str> = Arc::from("fuzz");
@@ -79,7 +84,13 @@ impl Guest {
                 doorbells.clone(),
                 label.clone(),
             ),
-            worker: QueueWorker::new(device.clone(), doorbells, interrupt.clone(), label),
+            worker: QueueWorker::new(
+                device.clone(),
+                doorbells,
+                interrupt.clone(),
+                label,
+                allowance,
+            ),
             device,
             memory,
             interrupt,
@@ -96,6 +107,7 @@ impl Guest {
             doorbells,
             self.interrupt.clone(),
             label,
+            Arc::new(Unbounded),
         );
         std::mem::replace(&mut self.worker, nobody)
     }

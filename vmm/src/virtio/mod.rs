@@ -12,11 +12,14 @@
 //!   of a disk, or fill the log.
 //! - One guest does not starve another. All devices of a monitor share one event loop, so a device
 //!   serves a bounded slice of work and then goes to the back of the loop's queue ([`Budget`]).
+//! - A guest takes no memory past its host's limit by its devices: they ask for leave before they
+//!   fill a page ([`Allowance`]), and a request waits half done where there is none.
 //! - Guest memory is let go. [`Transport`] and an activated device hold a reference; a reset drops
 //!   the device's, dropping the [`Attachment`]'s parts drops all.
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | `allowance` | leave to take memory, asked for before a device touches the guest's |
 //! | `attach` | where a device sits (addresses, interrupt) and the parts the monitor plugs in |
 //! | `device` | the [`Device`] trait |
 //! | `transport` | the virtio-mmio register file |
@@ -34,6 +37,7 @@
 //! loop takes to serve a queue. The interrupt status is atomic and outside of both, so that the
 //! event loop never waits for a vCPU and a guest's interrupt handler never for disk I/O.
 
+mod allowance;
 mod attach;
 mod block;
 mod device;
@@ -47,6 +51,7 @@ mod status;
 mod transport;
 mod worker;
 
+pub use allowance::{Allowance, Doorbells, Unbounded};
 pub use attach::{Attachment, Doorbell, Slot, SlotError, attach, attach_block};
 pub use block::{Block, Disk, DiskError};
 pub use device::{Activation, Device};

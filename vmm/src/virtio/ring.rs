@@ -23,6 +23,11 @@ impl Budget {
         chains: 64,
         cost_bytes: 4 << 20,
     };
+
+    fn spend(&mut self, served: Served) {
+        self.chains = self.chains.saturating_sub(1);
+        self.cost_bytes = self.cost_bytes.saturating_sub(served.cost_bytes);
+    }
 }
 
 /// What became of one chain.
@@ -41,6 +46,9 @@ pub struct Progress {
     pub interrupt: bool,
     /// The budget ran out with work left: no doorbell will come for it.
     pub more: bool,
+    /// A request lies with the device until there is memory for it. No doorbell will come for it
+    /// either.
+    pub starved: bool,
 }
 
 /// The ring is not usable: the driver broke it, and only a reset mends it.
@@ -63,9 +71,20 @@ pub enum RingError {
     },
 }
 
-/// Hands the available chains of `queue` to `serve`, within `budget`.
+/// A chain that was taken in an earlier turn and is done now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Finished {
+    /// Its first descriptor.
+    pub(super) head: u16,
+    /// What became of it.
+    pub(super) served: Served,
+}
+
+/// Hands the available chains of `queue` to `serve`, within `budget`, after `finished` was put into
+/// the used ring.
 ///
-/// A queue the driver did not enable has nothing available.
+/// A queue the driver did not enable has nothing available. A chain for which `serve` returns
+/// nothing lies with the device, which hands it in as `finished` later; nothing is served behind it.
 ///
 /// # Errors
 /// [`RingError`]; the queue must not be used again before a reset.
@@ -73,12 +92,21 @@ pub(super) fn drain(
     queue: &mut Queue,
     memory: &GuestMemory,
     mut budget: Budget,
-    mut serve: impl FnMut(DescriptorChain<&GuestMemory>) -> Served,
+    finished: Option<Finished>,
+    mut serve: impl FnMut(DescriptorChain<&GuestMemory>) -> Option<Served>,
 ) -> Result<Progress, RingError> {
     if !queue.ready() {
         return Ok(Progress::default());
     }
     let mut used_any = false;
+    if let Some(Finished { head, served }) = finished {
+        queue
+            .add_used(memory, head, served.used_bytes)
+            .map_err(RingError::Used)?;
+        used_any = true;
+        budget.spend(served);
+    }
+    let mut starved = false;
     let more = loop {
         queue
             .disable_notification(memory)
@@ -94,16 +122,19 @@ pub(super) fn drain(
             if head >= size {
                 return Err(RingError::Head { head, size });
             }
-            let served = serve(chain);
+            let Some(served) = serve(chain) else {
+                starved = true;
+                break false;
+            };
             queue
                 .add_used(memory, head, served.used_bytes)
                 .map_err(RingError::Used)?;
             used_any = true;
-            budget.chains -= 1;
-            budget.cost_bytes = budget.cost_bytes.saturating_sub(served.cost_bytes);
+            budget.spend(served);
         };
-        if exhausted {
-            break true;
+        // Notifications stay off: whoever rings the doorbell later looks at the ring anyway.
+        if exhausted || starved {
+            break exhausted;
         }
         // What was made available before the driver could see that we want doorbells again.
         if !queue.enable_notification(memory).map_err(RingError::Used)? {
@@ -114,7 +145,11 @@ pub(super) fn drain(
         && queue
             .needs_notification(memory)
             .map_err(RingError::Available)?;
-    Ok(Progress { interrupt, more })
+    Ok(Progress {
+        interrupt,
+        more,
+        starved,
+    })
 }
 
 #[cfg(test)]
@@ -148,16 +183,16 @@ mod tests {
         let driver = MockSplitQueue::create(&memory, GuestAddress(0x100), 16);
         let mut queue = queue_with(&driver, 5);
         let mut heads = Vec::new();
-        let progress = drain(&mut queue, &memory, Budget::SLICE, |chain| {
+        let progress = drain(&mut queue, &memory, Budget::SLICE, None, |chain| {
             heads.push(chain.head_index());
-            SERVED
+            Some(SERVED)
         })
         .unwrap();
         assert_eq!(
             progress,
             Progress {
                 interrupt: true,
-                more: false
+                ..Progress::default()
             }
         );
         assert_eq!(heads, [0, 1, 2, 3, 4]);
@@ -169,7 +204,7 @@ mod tests {
         let memory = memory();
         let driver = MockSplitQueue::create(&memory, GuestAddress(0x100), 16);
         let mut queue = queue_with(&driver, 0);
-        let progress = drain(&mut queue, &memory, Budget::SLICE, |_| SERVED).unwrap();
+        let progress = drain(&mut queue, &memory, Budget::SLICE, None, |_| Some(SERVED)).unwrap();
         assert_eq!(progress, Progress::default());
     }
 
@@ -182,29 +217,64 @@ mod tests {
             chains: 2,
             cost_bytes: u64::MAX,
         };
-        let first = drain(&mut queue, &memory, by_chains, |_| SERVED).unwrap();
+        let first = drain(&mut queue, &memory, by_chains, None, |_| Some(SERVED)).unwrap();
         assert_eq!(
             first,
             Progress {
                 interrupt: true,
-                more: true
+                more: true,
+                starved: false
             }
         );
         let by_bytes = Budget {
             chains: 9,
             cost_bytes: 150,
         };
-        let second = drain(&mut queue, &memory, by_bytes, |_| SERVED).unwrap();
+        let second = drain(&mut queue, &memory, by_bytes, None, |_| Some(SERVED)).unwrap();
         assert!(second.more);
         assert_eq!(driver.used().idx().load(), 4);
-        let last = drain(&mut queue, &memory, Budget::SLICE, |_| SERVED).unwrap();
+        let last = drain(&mut queue, &memory, Budget::SLICE, None, |_| Some(SERVED)).unwrap();
         assert_eq!(
             last,
             Progress {
                 interrupt: true,
-                more: false
+                ..Progress::default()
             }
         );
+    }
+
+    #[test]
+    fn a_chain_that_the_device_keeps_is_used_first_in_a_later_turn() {
+        let memory = memory();
+        let driver = MockSplitQueue::create(&memory, GuestAddress(0x100), 16);
+        let mut queue = queue_with(&driver, 3);
+        let mut kept = None;
+        let progress = drain(&mut queue, &memory, Budget::SLICE, None, |chain| {
+            kept = Some(chain.head_index());
+            None
+        })
+        .unwrap();
+        let starved = Progress {
+            starved: true,
+            ..Progress::default()
+        };
+        assert_eq!((progress, kept), (starved, Some(0)));
+        assert_eq!(driver.used().idx().load(), 0);
+
+        let finished = kept.map(|head| Finished {
+            head,
+            served: SERVED,
+        });
+        let mut heads = Vec::new();
+        let progress = drain(&mut queue, &memory, Budget::SLICE, finished, |chain| {
+            heads.push(chain.head_index());
+            Some(SERVED)
+        })
+        .unwrap();
+        assert!(progress.interrupt && !progress.starved);
+        assert_eq!(heads, [1, 2], "each chain once");
+        assert_eq!(driver.used().idx().load(), 3);
+        assert_eq!(driver.used().ring().ref_at(0).unwrap().load().id(), 0);
     }
 
     #[test]
@@ -220,7 +290,7 @@ mod tests {
         // used_event = 9: the driver wants to hear of the tenth used buffer only.
         let used_event = driver.avail_addr().0 + 4 + 2 * 16;
         memory.write_obj(9_u16, GuestAddress(used_event)).unwrap();
-        let progress = drain(&mut queue, &memory, Budget::SLICE, |_| SERVED).unwrap();
+        let progress = drain(&mut queue, &memory, Budget::SLICE, None, |_| Some(SERVED)).unwrap();
         assert_eq!(progress, Progress::default());
     }
 
@@ -230,7 +300,7 @@ mod tests {
         let driver = MockSplitQueue::create(&memory, GuestAddress(0x100), 16);
         let mut queue = queue_with(&driver, 1);
         driver.avail().idx().store(17);
-        let broken = drain(&mut queue, &memory, Budget::SLICE, |_| SERVED);
+        let broken = drain(&mut queue, &memory, Budget::SLICE, None, |_| Some(SERVED));
         assert!(matches!(broken, Err(RingError::Available(_))));
     }
 
@@ -240,7 +310,7 @@ mod tests {
         let driver = MockSplitQueue::create(&memory, GuestAddress(0x100), 16);
         let mut queue = queue_with(&driver, 1);
         driver.avail().ring().ref_at(0).unwrap().store(16);
-        let broken = drain(&mut queue, &memory, Budget::SLICE, |_| SERVED);
+        let broken = drain(&mut queue, &memory, Budget::SLICE, None, |_| Some(SERVED));
         assert!(matches!(
             broken,
             Err(RingError::Head { head: 16, size: 16 })

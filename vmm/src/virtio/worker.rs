@@ -3,10 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::device::lock;
-use super::{Device, Interrupt, LogLimit};
+use super::{Allowance, Device, Doorbells, Interrupt, LogLimit};
 
 /// Serves the queues of one device when their doorbells ring.
 ///
@@ -14,10 +13,10 @@ use super::{Device, Interrupt, LogLimit};
 /// device.
 pub struct QueueWorker<D> {
     device: Arc<Mutex<D>>,
-    /// One doorbell for each queue.
-    doorbells: Arc<[EventFd]>,
+    doorbells: Doorbells,
     interrupt: Arc<Interrupt>,
     label: Arc<str>,
+    allowance: Arc<dyn Allowance>,
     log_limit: LogLimit,
 }
 
@@ -32,15 +31,17 @@ impl<D> std::fmt::Debug for QueueWorker<D> {
 impl<D: Device> QueueWorker<D> {
     pub(super) fn new(
         device: Arc<Mutex<D>>,
-        doorbells: Arc<[EventFd]>,
+        doorbells: Doorbells,
         interrupt: Arc<Interrupt>,
         label: Arc<str>,
+        allowance: Arc<dyn Allowance>,
     ) -> Self {
         QueueWorker {
             device,
             doorbells,
             interrupt,
             label,
+            allowance,
             log_limit: LogLimit::new(),
         }
     }
@@ -53,6 +54,10 @@ impl<D: Device> QueueWorker<D> {
         // Silenced before the queue is looked at: a ring after this line is another turn. It may
         // read as empty, then a turn finds nothing to do.
         let _rings = doorbell.read();
+        if !self.allowance.is_open() {
+            self.allowance.ring_later(&self.doorbells, index);
+            return;
+        }
         let mut device = lock(&self.device);
         match device.process_queue(index) {
             // Signalled under the lock: a driver that resets the device waits for it, and must not
@@ -61,7 +66,9 @@ impl<D: Device> QueueWorker<D> {
                 if progress.interrupt {
                     self.interrupt.signal_used_buffers();
                 }
-                if progress.more {
+                if progress.starved {
+                    self.allowance.ring_later(&self.doorbells, index);
+                } else if progress.more {
                     // To the back of the loop, behind the doorbells of the other devices.
                     let _full = doorbell.write(1);
                 }
@@ -95,9 +102,10 @@ impl<D: Device> MutEventSubscriber for QueueWorker<D> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::{Activation, Progress, RingError};
+    use crate::virtio::{Activation, Progress, RingError, Unbounded};
     use event_manager::{EventManager, SubscriberOps};
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     /// Answers each doorbell with the next of its answers.
     #[derive(Default)]
@@ -136,6 +144,13 @@ mod tests {
     }
 
     fn bench(answers: Vec<Result<Progress, RingError>>) -> Bench {
+        bench_with(answers, Arc::new(Unbounded))
+    }
+
+    fn bench_with(
+        answers: Vec<Result<Progress, RingError>>,
+        allowance: Arc<dyn Allowance>,
+    ) -> Bench {
         let device = Arc::new(Mutex::new(Scripted {
             answers,
             ..Scripted::default()
@@ -145,7 +160,13 @@ mod tests {
             .collect();
         let interrupt = Arc::new(Interrupt::new().unwrap());
         let label = Arc::from("test");
-        let worker = QueueWorker::new(device.clone(), doorbells.clone(), interrupt.clone(), label);
+        let worker = QueueWorker::new(
+            device.clone(),
+            doorbells.clone(),
+            interrupt.clone(),
+            label,
+            allowance,
+        );
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(worker);
         Bench {
@@ -170,7 +191,7 @@ mod tests {
     fn used_buffers_raise_the_interrupt() {
         let mut bench = bench(vec![Ok(Progress {
             interrupt: true,
-            more: false,
+            ..Progress::default()
         })]);
         bench.doorbells[0].write(1).unwrap();
         bench.events.run_with_timeout(1000).unwrap();
@@ -181,14 +202,69 @@ mod tests {
     #[test]
     fn work_left_over_gets_another_turn_without_a_doorbell() {
         let mut bench = bench(vec![Ok(Progress {
-            interrupt: false,
             more: true,
+            ..Progress::default()
         })]);
         bench.doorbells[0].write(1).unwrap();
         bench.events.run_with_timeout(1000).unwrap();
         assert_eq!(bench.events.run_with_timeout(1000), Ok(1));
         assert_eq!(bench.events.run_with_timeout(0), Ok(0));
         assert_eq!(bench.device.lock().unwrap().served, [0, 0]);
+    }
+
+    /// Leave that is given and taken back by the test.
+    #[derive(Debug, Default)]
+    struct Told {
+        open: AtomicBool,
+        put_off: AtomicUsize,
+    }
+
+    impl Allowance for Told {
+        fn is_open(&self) -> bool {
+            self.open.load(Ordering::Relaxed)
+        }
+
+        fn take(&self, _bytes: u64) -> bool {
+            true
+        }
+
+        fn page_bytes(&self) -> u64 {
+            4096
+        }
+
+        fn ring_later(&self, _doorbells: &Doorbells, _queue: usize) {
+            self.put_off.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_held_queue_is_put_off_and_keeps_nobody_awake() {
+        let told = Arc::new(Told::default());
+        let mut bench = bench_with(vec![], told.clone());
+        bench.doorbells[0].write(1).unwrap();
+        assert_eq!(bench.events.run_with_timeout(1000), Ok(1));
+        assert_eq!(bench.events.run_with_timeout(0), Ok(0), "it does not spin");
+        assert!(bench.device.lock().unwrap().served.is_empty());
+        assert_eq!(told.put_off.load(Ordering::Relaxed), 1);
+        told.open.store(true, Ordering::Relaxed);
+        bench.doorbells[0].write(1).unwrap();
+        bench.events.run_with_timeout(1000).unwrap();
+        assert_eq!(bench.device.lock().unwrap().served, [0]);
+    }
+
+    #[test]
+    fn a_queue_that_lacks_memory_gets_its_turn_when_it_is_told() {
+        let told = Arc::new(Told::default());
+        told.open.store(true, Ordering::Relaxed);
+        let starved = Progress {
+            starved: true,
+            ..Progress::default()
+        };
+        let mut bench = bench_with(vec![Ok(starved)], told.clone());
+        bench.doorbells[1].write(1).unwrap();
+        bench.events.run_with_timeout(1000).unwrap();
+        assert_eq!(bench.events.run_with_timeout(0), Ok(0), "it does not spin");
+        assert_eq!(told.put_off.load(Ordering::Relaxed), 1);
     }
 
     #[test]
@@ -211,6 +287,7 @@ mod tests {
             doorbells.clone(),
             interrupt,
             Arc::from("test"),
+            Arc::new(Unbounded),
         );
         let mut events = EventManager::new().unwrap();
         let id = events.add_subscriber(worker);

@@ -10,9 +10,9 @@ use vm_memory::{
     WriteVolatile,
 };
 
-use super::super::GuestMemory;
+use super::super::{Allowance, GuestMemory};
 use super::image_format;
-use super::segments::{Segment, Segments};
+use super::segments::{Piece, Segments};
 use crate::config::{CacheType, Drive};
 use crate::host_file::{self, Allowed};
 
@@ -101,6 +101,13 @@ pub(crate) enum DiskFault {
     Io(#[source] io::Error),
     #[error("disk i/o: {0}")]
     Transfer(#[source] VolatileMemoryError),
+}
+
+/// Where a transfer begins, and how far an earlier turn got with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Position {
+    pub(crate) sector: u64,
+    pub(crate) done_bytes: u64,
 }
 
 /// An open drive of a known number of sectors.
@@ -223,7 +230,8 @@ impl Disk {
         &self.drive_id
     }
 
-    /// Fills `buffers` from `sector` on.
+    /// Fills `buffers` from the disk, behind what is done already. Returns what is done then: less
+    /// than the buffers hold if the `allowance` ran out.
     ///
     /// The kernel copies between the page cache and guest memory. Rejected: `O_DIRECT`. It pins the
     /// guest's page frames for as long as the transfer takes, and a page the merge engine swaps for
@@ -231,26 +239,29 @@ impl Disk {
     /// is no longer the guest's.
     pub(crate) fn read(
         &mut self,
-        sector: u64,
+        from: Position,
         buffers: &Segments,
         memory: &GuestMemory,
-    ) -> Result<(), DiskFault> {
-        self.transfer(sector, buffers, memory, |file, slice| {
+        allowance: &dyn Allowance,
+    ) -> Result<u64, DiskFault> {
+        self.transfer(from, buffers, (memory, allowance), |file, slice| {
             file.read_exact_volatile(slice)
         })
     }
 
-    /// Writes `buffers` from `sector` on. The same holds as for [`Disk::read`].
+    /// Writes `buffers` to the disk. The same holds as for [`Disk::read`]: what is written lies in
+    /// the page cache, which the limit counts too.
     pub(crate) fn write(
         &mut self,
-        sector: u64,
+        to: Position,
         buffers: &Segments,
         memory: &GuestMemory,
-    ) -> Result<(), DiskFault> {
+        allowance: &dyn Allowance,
+    ) -> Result<u64, DiskFault> {
         if self.is_read_only {
             return Err(DiskFault::ReadOnly);
         }
-        self.transfer(sector, buffers, memory, |file, slice| {
+        self.transfer(to, buffers, (memory, allowance), |file, slice| {
             file.write_all_volatile(slice)
         })
     }
@@ -267,29 +278,37 @@ impl Disk {
 
     fn transfer<F>(
         &mut self,
-        sector: u64,
+        from: Position,
         buffers: &Segments,
-        memory: &GuestMemory,
+        (memory, allowance): (&GuestMemory, &dyn Allowance),
         mut one: F,
-    ) -> Result<(), DiskFault>
+    ) -> Result<u64, DiskFault>
     where
         F: FnMut(&mut File, &mut Slice<'_>) -> Result<(), VolatileMemoryError>,
     {
-        let start_bytes = self.start_bytes(sector, buffers.length_bytes())?;
+        let start_bytes = self.start_bytes(from.sector, buffers.length_bytes())?;
+        let mut done_bytes = from.done_bytes;
         self.file
-            .seek(SeekFrom::Start(start_bytes))
+            .seek(SeekFrom::Start(start_bytes + done_bytes))
             .map_err(DiskFault::Io)?;
-        for &Segment {
-            address,
-            length_bytes,
-        } in buffers.parts()
-        {
-            for slice in GuestMemoryBackend::get_slices(memory, address, length_bytes as usize) {
+        for piece in buffers.pieces(done_bytes, allowance.page_bytes()) {
+            let Piece {
+                address,
+                length_bytes,
+                memory_bytes,
+            } = piece;
+            if !allowance.take(memory_bytes) {
+                break;
+            }
+            // A piece is no longer than a huge page.
+            let length = usize::try_from(length_bytes).unwrap_or(usize::MAX);
+            for slice in GuestMemoryBackend::get_slices(memory, address, length) {
                 let mut slice = slice.map_err(DiskFault::Memory)?;
                 one(&mut self.file, &mut slice).map_err(DiskFault::Transfer)?;
             }
+            done_bytes += length_bytes;
         }
-        Ok(())
+        Ok(done_bytes)
     }
 
     /// Where in the file a request starts, once it is known to end inside.

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use dedup::{Engine, Pace, Run, Settings};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::disk::Disk;
+use super::disk::{Disk, Position};
 use super::segments::Segments;
 use crate::memory::ram::{Merger, Ram};
-use crate::virtio::fuzzing;
+use crate::virtio::{Unbounded, fuzzing};
 
 const PAGES: usize = 256;
 const PAGE: usize = 4096;
@@ -62,7 +62,12 @@ fn pages_read_from_disk_are_the_guests_own_while_the_engine_merges_them() {
             let version = u8::from((page + round / 7) % 3 == 0);
             for (ram, seen) in rams.iter().zip(&mut versions) {
                 let sector = (u64::from(version) * PAGES as u64 + page as u64) * SECTORS_PER_PAGE;
-                disk.read(sector, &buffer(page), ram.memory()).unwrap();
+                let from = Position {
+                    sector,
+                    done_bytes: 0,
+                };
+                let done = disk.read(from, &buffer(page), ram.memory(), &Unbounded);
+                assert_eq!(done.unwrap(), PAGE as u64);
                 seen[page] = version;
                 if round % 5 == 4 {
                     break;

@@ -21,6 +21,30 @@ pub(crate) struct TooShort {
     want_bytes: u64,
 }
 
+/// Bytes of a piece of a transfer, where pages are smaller: what a device moves before it looks
+/// again whether it may go on.
+const PIECE_BYTES: u64 = 64 << 10;
+
+/// A part of a transfer that is done at once, if there is memory for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) address: GuestAddress,
+    pub(crate) length_bytes: u64,
+    /// What the pages come to that it touches, but the first if the piece before ended on it.
+    pub(crate) memory_bytes: u64,
+}
+
+/// Cuts a range at each multiple of `unit_bytes`.
+fn cut(start: u64, end: u64, unit_bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut at = start;
+    std::iter::from_fn(move || {
+        let next = (at / unit_bytes + 1).saturating_mul(unit_bytes).min(end);
+        let piece = (at < end).then_some((at, next));
+        at = next;
+        piece
+    })
+}
+
 /// Buffers in the order of their descriptors.
 ///
 /// A driver may cut a request into descriptors as it likes (virtio 1.2, 2.7.4: "the device MUST NOT
@@ -53,6 +77,39 @@ impl Segments {
             .iter()
             .map(|part| u64::from(part.length_bytes))
             .sum()
+    }
+
+    /// What is left behind the first `done_bytes`, in pieces that are moved one at a time.
+    /// `page_bytes` is what the kernel gives when a page is touched.
+    pub(crate) fn pieces(
+        &self,
+        done_bytes: u64,
+        page_bytes: u64,
+    ) -> impl Iterator<Item = Piece> + '_ {
+        let mut skip_bytes = done_bytes;
+        let mut charged_page = None;
+        let unit_bytes = page_bytes.max(PIECE_BYTES);
+        self.parts
+            .iter()
+            .flat_map(move |part| {
+                let skipped = u32::try_from(skip_bytes)
+                    .map_or(part.length_bytes, |skip| skip.min(part.length_bytes));
+                skip_bytes -= u64::from(skipped);
+                // No wrap: `push` saw that the end of the part does not.
+                let start = part.address.0 + u64::from(skipped);
+                let end = part.address.0 + u64::from(part.length_bytes);
+                cut(start, end, unit_bytes)
+            })
+            .map(move |(start, end)| {
+                let (first, last) = (start / page_bytes, (end - 1) / page_bytes);
+                let again = charged_page == Some(first);
+                charged_page = Some(last);
+                Piece {
+                    address: GuestAddress(start),
+                    length_bytes: end - start,
+                    memory_bytes: (last - first + 1 - u64::from(again)) * page_bytes,
+                }
+            })
     }
 
     /// Cuts off and returns the first `want_bytes` bytes.
@@ -118,22 +175,6 @@ impl Segments {
         }
         Ok(())
     }
-
-    /// Writes as much of `bytes` as there is room for; returns how much that was.
-    pub(crate) fn write_bytes(
-        &self,
-        memory: &GuestMemory,
-        mut bytes: &[u8],
-    ) -> Result<u64, GuestMemoryError> {
-        let mut written_bytes = 0;
-        for part in &self.parts {
-            let (now, later) = bytes.split_at(bytes.len().min(part.length_bytes as usize));
-            memory.write_slice(now, part.address)?;
-            written_bytes += now.len() as u64;
-            bytes = later;
-        }
-        Ok(written_bytes)
-    }
 }
 
 #[cfg(test)]
@@ -179,6 +220,37 @@ mod tests {
                     prop_assert_eq!(back, whole);
                 }
             }
+        }
+
+        #[test]
+        fn pieces_are_what_is_left_in_order_and_count_each_page(
+            lengths in prop::collection::vec(0..300_000_u32, 0..6),
+            done in 0..2_000_000_u64,
+            page_shift in prop::sample::select(vec![12_u32, 21]),
+        ) {
+            let whole = segments(&lengths);
+            let page_bytes = 1 << page_shift;
+            let done = done.min(whole.length_bytes());
+            let mut back = whole.clone();
+            back.take_front(done).unwrap();
+            let (mut last_page, mut memory_bytes) = (None, 0);
+            for piece in whole.pieces(done, page_bytes) {
+                prop_assert!((1..=page_bytes.max(PIECE_BYTES)).contains(&piece.length_bytes));
+                let front = back.take_front(piece.length_bytes).unwrap();
+                prop_assert_eq!(front.parts().len(), 1);
+                prop_assert_eq!(front.parts()[0].address, piece.address);
+                let end = piece.address.0 + piece.length_bytes;
+                let mut at = piece.address.0;
+                while at < end {
+                    let page = at / page_bytes;
+                    memory_bytes += if last_page == Some(page) { 0 } else { page_bytes };
+                    last_page = Some(page);
+                    at = (page + 1) * page_bytes;
+                }
+                prop_assert_eq!(piece.memory_bytes, memory_bytes);
+                memory_bytes = 0;
+            }
+            prop_assert_eq!(back.length_bytes(), 0);
         }
 
         #[test]

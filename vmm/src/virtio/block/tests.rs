@@ -1,9 +1,11 @@
 use super::*;
 use crate::config::Drive;
 use crate::virtio::fuzzing::{self, AVAIL, DESCRIPTORS, Guest, HIGH_START, LOW_BYTES, USED};
+use crate::virtio::{Doorbells, Unbounded};
 use proptest::prelude::*;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Mutex;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
@@ -42,10 +44,14 @@ struct Bench {
 }
 
 fn bench_with(change: impl FnOnce(&mut Drive)) -> Bench {
+    allowed(change, Arc::new(Unbounded))
+}
+
+fn allowed(change: impl FnOnce(&mut Drive), allowance: Arc<dyn Allowance>) -> Bench {
     let file = file();
     let mut drive = drive(file.path());
     change(&mut drive);
-    let mut guest = Guest::new(Disk::open(&drive).unwrap());
+    let mut guest = Guest::allowed(Disk::open(&drive).unwrap(), allowance);
     guest.set_up(0);
     Bench {
         guest,
@@ -121,6 +127,110 @@ impl Bench {
     fn contents(&self) -> Vec<u8> {
         std::fs::read(self.file.path()).unwrap()
     }
+}
+
+/// Leave for so many bytes, as the test says.
+#[derive(Debug, Default)]
+struct Ration {
+    left_bytes: Mutex<u64>,
+    put_off: Mutex<u32>,
+}
+
+impl Allowance for Ration {
+    fn is_open(&self) -> bool {
+        true
+    }
+
+    fn take(&self, bytes: u64) -> bool {
+        let mut left_bytes = self.left_bytes.lock().unwrap();
+        let rest = left_bytes.checked_sub(bytes);
+        *left_bytes = rest.unwrap_or(*left_bytes);
+        rest.is_some()
+    }
+
+    fn page_bytes(&self) -> u64 {
+        4096
+    }
+
+    fn ring_later(&self, _doorbells: &Doorbells, _queue: usize) {
+        *self.put_off.lock().unwrap() += 1;
+    }
+}
+
+#[test]
+fn a_request_waits_half_done_for_memory_and_is_used_once_when_it_is_there() {
+    let ration = Arc::new(Ration::default());
+    let mut bench = allowed(|_| (), ration.clone());
+    // The second buffer is on a page of its own.
+    let (first, second) = (DATA + 0xe00, HIGH_START);
+    for address in [first, second, STATUS] {
+        bench.guest.poke(address, &[UNTOUCHED; 512]);
+    }
+    *ration.left_bytes.lock().unwrap() = 4096;
+    bench.header(VIRTIO_BLK_T_IN, 2);
+    let chain = [
+        (HEADER, 16, 0),
+        (first, 512, WRITE),
+        (second, 512, WRITE),
+        (STATUS, 1, WRITE),
+    ];
+    bench.submit(&chain);
+    assert_eq!(bench.used().0, 0, "nothing is told of it yet");
+    assert_eq!(bench.peek(first, 512), [3; 512]);
+    assert_eq!(bench.peek(second, 512), [UNTOUCHED; 512]);
+    assert_eq!(bench.peek(STATUS, 1), [UNTOUCHED]);
+    assert_eq!(*ration.put_off.lock().unwrap(), 1);
+
+    // Enough for the data, then for the status byte.
+    for (left_bytes, used) in [(0, 0), (4096, 0), (4096, 1)] {
+        *ration.left_bytes.lock().unwrap() = left_bytes;
+        bench.guest.worker.serve(0);
+        assert_eq!(bench.used().0, used);
+    }
+    assert_eq!(bench.peek(second, 512), [4; 512]);
+    assert_eq!(bench.peek(STATUS, 1), [OK]);
+    assert_eq!(bench.used(), (1, 1025));
+    assert_eq!(bench.guest.interrupt.event().read().unwrap(), 1);
+}
+
+#[test]
+fn a_reset_lets_go_of_a_request_that_waits_for_memory() {
+    let ration = Arc::new(Ration::default());
+    let mut bench = allowed(|_| (), ration.clone());
+    assert_eq!(bench.request(VIRTIO_BLK_T_IN, 2, 512, WRITE), UNTOUCHED);
+    bench.guest.set_up(0);
+    bench.next_avail = 0;
+    for index in [AVAIL + 2, USED + 2] {
+        bench.guest.poke(index, &[0, 0]);
+    }
+    *ration.left_bytes.lock().unwrap() = u64::MAX;
+    bench.guest.worker.serve(0);
+    assert_eq!(bench.used().0, 0, "it is forgotten");
+    assert_eq!(bench.request(VIRTIO_BLK_T_IN, 2, 512, WRITE), OK);
+    assert_eq!(bench.used().0, 1);
+}
+
+#[test]
+fn a_name_is_written_as_far_as_there_is_memory_for_its_pages() {
+    let ration = Arc::new(Ration::default());
+    let mut bench = allowed(|_| (), ration.clone());
+    *ration.left_bytes.lock().unwrap() = 4096;
+    bench.header(VIRTIO_BLK_T_GET_ID, 0);
+    let (first, second) = (DATA + 0xffc, HIGH_START);
+    bench.submit(&[
+        (HEADER, 16, 0),
+        (first, 4, WRITE),
+        (second, 16, WRITE),
+        (STATUS, 1, WRITE),
+    ]);
+    assert_eq!(
+        (bench.peek(first, 4), bench.used().0),
+        (b"root".to_vec(), 0)
+    );
+    *ration.left_bytes.lock().unwrap() = 2 * 4096;
+    bench.guest.worker.serve(0);
+    assert_eq!(&bench.peek(second, 3), b"fs\0");
+    assert_eq!(bench.used(), (1, 21));
 }
 
 const OK: u8 = VIRTIO_BLK_S_OK.to_le_bytes()[0];

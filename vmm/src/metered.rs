@@ -1,0 +1,108 @@
+//! A file that is loaded into guest memory a piece at a time, as its VM may take memory.
+
+use std::io::{self, Read, Seek, SeekFrom};
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
+
+use crate::guard::room::VmAllowance;
+
+/// Bytes of a piece: what is loaded before the start looks again whether it may go on.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// A kernel or an initrd on its way into guest memory.
+///
+/// While guests are held for want of memory, loading stands still too, and it ends with an error
+/// when the start is the one to go.
+#[derive(Debug)]
+pub(crate) struct Metered<'a, F> {
+    file: F,
+    allowance: &'a VmAllowance,
+}
+
+impl<'a, F> Metered<'a, F> {
+    pub(crate) fn new(file: F, allowance: &'a VmAllowance) -> Metered<'a, F> {
+        Metered { file, allowance }
+    }
+}
+
+/// Headers, which do not go into guest memory.
+impl<F: Read> Read for Metered<'_, F> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.file.read(bytes)
+    }
+}
+
+impl<F: Seek> Seek for Metered<'_, F> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+impl<F: ReadVolatile> ReadVolatile for Metered<'_, F> {
+    /// Fills all of `buffer` unless the file ends: vm-memory takes less for a file cut short.
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buffer: &mut VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let length = PIECE_BYTES.min(buffer.len() - done);
+            self.allowance
+                .load(length as u64)
+                .map_err(|error| VolatileMemoryError::IOError(io::Error::other(error)))?;
+            let mut piece = buffer.subslice(done, length)?;
+            match self.file.read_volatile(&mut piece)? {
+                0 => break,
+                read => done += read,
+            }
+        }
+        Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guard::Watch;
+    use std::io::Cursor;
+    use std::sync::Arc;
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn allowance() -> VmAllowance {
+        let engine = dedup::Engine::new(&dedup::Settings::default()).unwrap();
+        let watch = Watch::new(Arc::new(engine), Arc::default()).unwrap();
+        VmAllowance::new(&watch, 4096)
+    }
+
+    #[test]
+    fn a_file_is_loaded_whole_and_counted() {
+        let allowance = allowance();
+        let memory =
+            crate::memory::GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let length = 2 * PIECE_BYTES + 5;
+        let mut file = Metered::new(Cursor::new(vec![7_u8; length + 1]), &allowance);
+        memory
+            .read_exact_volatile_from(GuestAddress(3), &mut file, length)
+            .unwrap();
+        let last = GuestAddress(2 + length as u64);
+        let ends: [u8; 2] = memory.read_obj(last).unwrap();
+        assert_eq!(ends, [7, 0]);
+        assert_eq!(allowance.loaded_bytes(), length as u64);
+        let short = memory.read_exact_volatile_from(GuestAddress(0), &mut file, 9);
+        short.unwrap_err();
+    }
+
+    #[test]
+    fn loading_ends_when_the_start_is_the_one_to_go() {
+        let allowance = allowance();
+        let memory =
+            crate::memory::GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        allowance.close();
+        let mut file = Metered::new(Cursor::new(vec![7_u8; 100]), &allowance);
+        let error = memory
+            .read_exact_volatile_from(GuestAddress(0), &mut file, 100)
+            .unwrap_err();
+        assert!(error.to_string().contains("ran out of memory"), "{error}");
+    }
+}
