@@ -11,6 +11,7 @@
 //! | [`http`] | HTTP as bytes, independent of our own client |
 //! | [`debian`] | the Debian guest, the program in it and what that prints |
 //! | [`linux`] | the Linux guest and its console |
+//! | [`disk_storm`] | a guest that reads its disks into untouched memory |
 //! | [`ksm`] | kernel KSM, for one test at a time |
 //! | [`kvm`] | whether VMs can run here |
 //! | [`refusal`] | requests that the API must refuse |
@@ -25,6 +26,7 @@ pub mod binary;
 pub mod cgroup;
 pub mod debian;
 pub mod density;
+pub mod disk_storm;
 pub mod guest_memory;
 pub mod guests;
 pub mod http;
