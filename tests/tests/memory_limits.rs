@@ -124,7 +124,7 @@ fn disks_that_fill_untouched_memory_never_pass_the_limit() {
     if !kvm::is_present() {
         return;
     }
-    for (disks, requests, limit_mib) in [(16, 4, 256), (6, 16, 1024)] {
+    for (disks, requests, limit_mib) in [(16, 4, 256), (6, 16, 1024), (9, 16, 2048)] {
         let storm = DiskStorm {
             disks,
             requests,
