@@ -68,10 +68,16 @@ impl UnmergeNoRoom {
     }
 }
 
-/// A start that was the one to go when memory ran out.
+/// Why a start was given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("was given up: the merge domain ran out of memory")]
-pub struct GivenUp;
+pub enum GivenUp {
+    /// It was the one to go when memory ran out.
+    #[error("was given up: the merge domain ran out of memory")]
+    NoMemory,
+    /// A request to stop the VM came first.
+    #[error("was given up: the vm was stopped")]
+    Stopped,
+}
 
 /// Starts that are under way: they hold memory before their VMs are seen to.
 #[derive(Debug, Default)]

@@ -7,6 +7,7 @@ use dedup::{Engine, ProcessMemory, RegionStats};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
+use crate::admission::GivenUp;
 use crate::bus::MmioBus;
 use crate::config::{MergeMode, VmConfig};
 use crate::console::Console;
@@ -140,7 +141,7 @@ impl Machine {
 
     /// Tells the vCPUs to leave and the device queues to take nothing any more, without waiting.
     pub(crate) fn begin_exit(&self) {
-        self.allowance.close();
+        self.allowance.close(GivenUp::Stopped);
         self.vcpus.set(Order::Exit);
     }
 
@@ -181,7 +182,7 @@ impl Machine {
             ram,
             allowance,
         } = self;
-        allowance.close();
+        allowance.close(GivenUp::Stopped);
         drop(vcpus);
         drop(subscribers);
         drop(platform);

@@ -64,6 +64,7 @@ impl<F: ReadVolatile> ReadVolatile for Metered<'_, F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::GivenUp;
     use crate::guard::Watch;
     use std::io::Cursor;
     use std::sync::Arc;
@@ -98,7 +99,7 @@ mod tests {
         let allowance = allowance();
         let memory =
             crate::memory::GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        allowance.close();
+        allowance.close(GivenUp::NoMemory);
         let mut file = Metered::new(Cursor::new(vec![7_u8; 100]), &allowance);
         let error = memory
             .read_exact_volatile_from(GuestAddress(0), &mut file, 100)

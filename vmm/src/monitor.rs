@@ -189,10 +189,11 @@ impl Monitor {
     }
 
     /// Stops a VM at once; returns when its memory was handed over. A VM that ended by itself
-    /// keeps its own reason.
+    /// keeps its own reason. A start that is under way is given up: the VM is not started then.
     ///
     /// # Errors
-    /// [`MonitorError::NotRunning`] when it was never started.
+    /// [`MonitorError::NotRunning`] when it was never started, [`MonitorError::Ending`] when a start
+    /// is given up and goes on all the same, as one does whose storage does not answer.
     pub fn stop(&self, id: &VmId) -> Result<(), MonitorError> {
         self.find(id)?.stop()
     }

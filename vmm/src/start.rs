@@ -88,7 +88,7 @@ pub enum StartError {
     /// There is no memory for what it loads.
     #[error(transparent)]
     NoMemory(#[from] NoMemory),
-    /// It was the one to go when memory ran out.
+    /// It was the one to go when memory ran out, or the VM was stopped.
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
     /// A device's place is taken.
@@ -101,7 +101,8 @@ impl StartError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             StartError::Disk(DiskError::Locked { .. }) => ErrorKind::InUse,
-            StartError::NoMemory(_) | StartError::GivenUp(_) => ErrorKind::NoRoom,
+            StartError::NoMemory(_) | StartError::GivenUp(GivenUp::NoMemory) => ErrorKind::NoRoom,
+            StartError::GivenUp(GivenUp::Stopped) => ErrorKind::Conflict,
             StartError::Config(_)
             | StartError::File { .. }
             | StartError::Load { .. }
@@ -181,9 +182,9 @@ pub(crate) fn load(
 ) -> Result<u64, StartError> {
     allowance.reserve(needed_bytes(config)?)?;
     let loaded = load_reserved(memory, config, allowance);
-    if allowance.is_over() {
+    if let Some(why) = allowance.over() {
         // Whatever the loader made of it.
-        return Err(GivenUp.into());
+        return Err(why.into());
     }
     loaded
 }

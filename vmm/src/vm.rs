@@ -4,15 +4,14 @@
 //! the VM's end (a vCPU thread, a device, the API) takes the machine out of the record, so that it
 //! is taken exactly once, and sends it to the reaper; `Ended` is published when the reaper is done.
 
+mod ending;
 mod guarded;
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
 
 use dedup::{MergedNow, RegionStats};
 
-use crate::admission::GivenUp;
 use crate::config::{MergeMode, VmConfig};
 use crate::console::Console;
 use crate::device::report::ReportPort;
@@ -169,10 +168,10 @@ impl Vm {
         };
         let machine = Machine::assemble(host, &self.config, &outside).map_err(failed)?;
         let mut cell = self.lock();
-        if allowance.is_over() {
+        if let Some(why) = allowance.over() {
             drop(cell);
             machine.tear_down(&self.id);
-            return Err(failed(GivenUp.into()));
+            return Err(failed(why.into()));
         }
         // With the machine it is to be ended by that, and no more by giving up its start.
         cell.starting = None;
@@ -213,42 +212,6 @@ impl Vm {
                 vm.end(reason);
             }
         })
-    }
-
-    /// Ends the VM, if it is alive and nobody else did. Does not wait.
-    ///
-    /// Any thread may call this, vCPU threads and the event loop included, with no device lock held.
-    pub(crate) fn end(self: &Arc<Vm>, reason: EndReason) {
-        let Some(machine) = self.lock().machine.take() else {
-            return;
-        };
-        log::info!("vm {}: {reason}", self.id);
-        machine.begin_exit();
-        let corpse = Corpse {
-            vm: self.clone(),
-            machine,
-            reason,
-        };
-        if let Err(unsent) = self.reaper.send(corpse) {
-            // The monitor ends every VM before its reaper: this is a monitor being dropped late.
-            let Corpse {
-                machine, reason, ..
-            } = unsent.0;
-            machine.tear_down(&self.id);
-            self.publish_end(reason);
-        }
-    }
-
-    /// For the reaper: the machine is gone.
-    pub(crate) fn publish_end(&self, reason: EndReason) {
-        let mut cell = self.lock();
-        match cell.state.after(Step::End(reason)) {
-            Ok(ended) => cell.state = ended,
-            Err(illegal) => log::error!("vm {}: {illegal}", self.id),
-        }
-        drop(cell);
-        self.console.end();
-        self.changed.notify_all();
     }
 
     /// Stands the vCPUs still; returns when they do.
@@ -310,62 +273,6 @@ impl Vm {
             .press_ctrl_alt_del()
             .map_err(|_| MonitorError::NoKeyboard(self.id.clone()))
     }
-
-    /// Ends the VM by request and waits until its memory was handed over. A VM that has ended
-    /// already stays ended for its own reason.
-    pub(crate) fn stop(self: &Arc<Vm>) -> Result<(), MonitorError> {
-        let mut cell = self.lock();
-        // A start that is under way is let through first: then there is something to stop.
-        let is_starting = |cell: &mut Cell| cell.starting.is_some();
-        cell = self
-            .changed
-            .wait_while(cell, is_starting)
-            .unwrap_or_else(PoisonError::into_inner);
-        if cell.state == VmState::NotStarted {
-            let (id, state) = (self.id.clone(), cell.state.clone());
-            return Err(MonitorError::NotRunning { id, state });
-        }
-        drop(cell);
-        self.end(EndReason::Stopped);
-        let alive = |cell: &mut Cell| cell.state.is_alive();
-        let cell = self.lock();
-        drop(
-            self.changed
-                .wait_while(cell, alive)
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        Ok(())
-    }
-
-    /// Sees to it that nothing becomes of it any more: it cannot be started, and whoever reads its
-    /// console reads to the end. False, and without effect, if it is alive or just being started.
-    pub(crate) fn forget(&self) -> bool {
-        {
-            let mut cell = self.lock();
-            if cell.starting.is_some() || cell.state.is_alive() {
-                return false;
-            }
-            cell.is_forgotten = true;
-        }
-        self.console.end();
-        self.changed.notify_all();
-        true
-    }
-
-    /// Waits for the end until `deadline`; not any longer once it was forgotten.
-    pub(crate) fn wait_ended(&self, deadline: Instant) -> Option<EndReason> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let going =
-            |cell: &mut Cell| !matches!(cell.state, VmState::Ended(_)) && !cell.is_forgotten;
-        let (cell, _) = self
-            .changed
-            .wait_timeout_while(self.lock(), left, going)
-            .unwrap_or_else(PoisonError::into_inner);
-        match &cell.state {
-            VmState::Ended(reason) => Some(reason.clone()),
-            _ => None,
-        }
-    }
 }
 
 impl Drop for Vm {
@@ -400,7 +307,7 @@ impl std::fmt::Debug for Vm {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::console::ConsoleRead;

@@ -6,7 +6,7 @@
 mod guest;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -121,6 +121,43 @@ fn nobody_else_waits_for_a_pause_whose_vcpu_does_not_come_to_stand() {
     lab.monitor.pause(&slow).expect("now it stands still");
     let state = lab.monitor.info(&slow).expect("it is there").state;
     assert_eq!(state, VmState::Paused);
+    drop(lab);
+    scenario.teardown();
+}
+
+#[test]
+fn a_stop_gives_a_start_up_and_does_not_wait_for_one_that_hangs() {
+    if skip() {
+        return;
+    }
+    let scenario = FailScenario::setup();
+    let lab = Arc::new(Lab::new());
+    let late: VmId = "late".parse().expect("an id");
+    let created = lab.monitor.create(late.clone(), pageload(1, "hot"));
+    created.expect("a good configuration");
+    let (here, arrived) = mpsc::channel();
+    let (go_on, told) = mpsc::channel::<()>();
+    let told = Mutex::new(told);
+    // As in a file whose storage does not answer.
+    let hang = move || {
+        here.send(()).expect("somebody listens");
+        let told = told.lock().expect("nobody panicked");
+        told.recv_timeout(LONG).expect("the test goes on");
+    };
+    fail::cfg_callback("kvm_create_vm", hang).expect("a fail point");
+    let (theirs, vm) = (lab.clone(), late.clone());
+    let start = thread::spawn(move || theirs.monitor.start(&vm));
+    arrived.recv_timeout(LONG).expect("it is being started");
+    let error = lab.monitor.stop(&late).expect_err("it hangs");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    fail::remove("kvm_create_vm");
+    go_on.send(()).expect("it waits");
+    let error = start.join().expect("no panic").expect_err("it was stopped");
+    assert!(error.to_string().contains("was stopped"), "{error}");
+    let state = lab.monitor.info(&late).expect("it is there").state;
+    assert_eq!(state, VmState::NotStarted);
+    lab.monitor.start(&late).expect("nobody stops it now");
+    wait_until("it runs", || passes(&lab, &late) > 0);
     drop(lab);
     scenario.teardown();
 }

@@ -15,8 +15,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -154,8 +154,8 @@ impl MutEventSubscriber for Resumer {
 pub(crate) struct VmAllowance {
     watch: Arc<Watch>,
     page_bytes: u64,
-    /// Nothing is to be taken any more: the VM ends, or its start is given up.
-    is_over: AtomicBool,
+    /// Why nothing is to be taken any more: the VM ends, or its start is given up.
+    over: OnceLock<GivenUp>,
     /// What its start has reserved and not taken yet.
     reserved_bytes: AtomicU64,
     /// What its start has taken.
@@ -168,21 +168,25 @@ impl VmAllowance {
         VmAllowance {
             watch: watch.clone(),
             page_bytes,
-            is_over: AtomicBool::new(false),
+            over: OnceLock::new(),
             reserved_bytes: AtomicU64::new(0),
             loaded_bytes: AtomicU64::new(0),
         }
     }
 
-    /// Takes everything back, for good.
-    pub(crate) fn close(&self) {
-        self.is_over.store(true, Ordering::SeqCst);
+    /// Takes everything back, for good. A start that is under way fails for the first reason given.
+    pub(crate) fn close(&self, why: GivenUp) {
+        self.over.get_or_init(|| why);
         self.watch.room.released.notify_all();
     }
 
-    /// Whether it was closed.
-    pub(crate) fn is_over(&self) -> bool {
-        self.is_over.load(Ordering::SeqCst)
+    /// Why it was closed, if it was.
+    pub(crate) fn over(&self) -> Option<GivenUp> {
+        self.over.get().copied()
+    }
+
+    fn is_over(&self) -> bool {
+        self.over().is_some()
     }
 
     /// What loading has taken so far.
@@ -221,7 +225,7 @@ impl VmAllowance {
     /// Waits while guests are held, then takes `bytes` of what was reserved.
     ///
     /// # Errors
-    /// [`GivenUp`] when the start is the one to go.
+    /// [`GivenUp`] when the start is not to go on.
     pub(crate) fn load(&self, bytes: u64) -> Result<(), GivenUp> {
         let room = &self.watch.room;
         let mut reserving = None;
@@ -235,8 +239,8 @@ impl VmAllowance {
             reserving = Some(guard);
         }
         drop(reserving);
-        if self.is_over() {
-            return Err(GivenUp);
+        if let Some(why) = self.over() {
+            return Err(why);
         }
         self.unreserve(bytes);
         self.loaded_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -378,7 +382,7 @@ mod tests {
         watch.room.grant(None);
         let vm = VmAllowance::new(&watch, 4096);
         assert!(vm.take(1));
-        vm.close();
+        vm.close(GivenUp::Stopped);
         assert!(!vm.is_open() && !vm.take(1));
         let doorbells: Doorbells = [EventFd::new(EFD_NONBLOCK).unwrap()].into();
         vm.ring_later(&doorbells, 0);
@@ -421,9 +425,10 @@ mod tests {
         let loading = vm.clone();
         let other = std::thread::spawn(move || loading.load(4096));
         assert_eq!(vm.loaded_bytes(), 0);
-        vm.close();
-        assert_eq!(loader.join().unwrap(), Err(GivenUp));
-        assert_eq!(other.join().unwrap(), Err(GivenUp));
+        vm.close(GivenUp::NoMemory);
+        vm.close(GivenUp::Stopped);
+        assert_eq!(loader.join().unwrap(), Err(GivenUp::NoMemory));
+        assert_eq!(other.join().unwrap(), Err(GivenUp::NoMemory));
         watch.room.release();
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use dedup::ProcessMemory;
 
 use super::{Cell, Vm};
+use crate::admission::GivenUp;
 use crate::guard::policy::Candidate;
 
 impl Vm {
@@ -45,14 +46,20 @@ impl Vm {
     /// Whether its end was found, or its start given up, and that is not over yet.
     pub(crate) fn is_ending(&self) -> bool {
         let cell = self.lock();
-        let is_given_up = cell.starting.as_ref().is_some_and(|start| start.is_over());
+        let is_given_up = cell
+            .starting
+            .as_ref()
+            .is_some_and(|start| start.over().is_some());
         is_given_up || cell.state.is_alive() && cell.machine.is_none()
     }
 
     /// Whether there is something to end: a machine, or a start that was not given up yet.
     pub(crate) fn can_be_ended(&self) -> bool {
         let cell = self.lock();
-        let is_starting = cell.starting.as_ref().is_some_and(|start| !start.is_over());
+        let is_starting = cell
+            .starting
+            .as_ref()
+            .is_some_and(|start| start.over().is_none());
         is_starting || cell.machine.is_some()
     }
 
@@ -60,7 +67,9 @@ impl Vm {
     pub(crate) fn give_up_start(&self) -> bool {
         let cell = self.lock();
         let starting = cell.starting.as_ref();
-        starting.inspect(|allowance| allowance.close()).is_some()
+        starting
+            .inspect(|allowance| allowance.close(GivenUp::NoMemory))
+            .is_some()
     }
 
     /// Waits until `deadline` for the end, or for the end of a start that was given up. True if it
