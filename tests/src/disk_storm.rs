@@ -41,6 +41,18 @@ impl DiskStorm {
     /// # Panics
     /// If it asks for more than a queue holds.
     pub fn code(&self) -> Vec<u8> {
+        self.code_with(false)
+    }
+
+    /// The same, for a guest that prints `done` once all of its requests are answered.
+    ///
+    /// # Panics
+    /// If it asks for more than a queue holds.
+    pub fn code_that_tells(&self) -> Vec<u8> {
+        self.code_with(true)
+    }
+
+    fn code_with(&self, tells: bool) -> Vec<u8> {
         assert!(u32::from(self.requests) * 3 <= QUEUE_SIZE, "{self:?}");
         let mut code = Vec::new();
         for disk in 0..self.disks {
@@ -68,12 +80,32 @@ impl DiskStorm {
                 word(&mut code, &[0xc7, 0x87], &[register, value]);
             }
         }
+        if tells {
+            self.wait_and_tell(&mut code);
+        }
         // cli; hlt
         code.extend([0xfa, 0xf4]);
         assert!(code.len() <= CODE_BYTES as usize, "{self:?}");
         code.resize(CODE_BYTES as usize, 0);
         (0..self.disks).for_each(|disk| code.extend(self.part(disk)));
         code
+    }
+
+    fn wait_and_tell(&self, code: &mut Vec<u8>) {
+        for disk in 0..self.disks {
+            // cmpw $requests, index of the used ring; jne back to it
+            word(
+                code,
+                &[0x66, 0x81, 0x3c, 0x25],
+                &[part_address(disk) + USED + 2],
+            );
+            code.extend(self.requests.to_le_bytes());
+            code.extend([0x75, 0xf4]);
+        }
+        for byte in *b"done" {
+            // mov $0x3f8, %dx; mov $byte, %al; out %al, %dx
+            code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, byte, 0xee]);
+        }
     }
 
     /// Rings and headers of one disk.

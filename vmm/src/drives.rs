@@ -1,6 +1,7 @@
 //! Drives of the configuration, as block devices of a machine.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use event_manager::SubscriberId;
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -9,12 +10,13 @@ use crate::boot::cmdline::ordered_drives;
 use crate::bus::MmioBus;
 use crate::config::VmConfig;
 use crate::events::{EventRemote, OnPanic};
+use crate::id::VmId;
 use crate::kvm::KvmError;
 use crate::machine::{Host, Outside};
 use crate::memory::GuestMemory;
 use crate::start::StartError;
 use crate::state::EndReason;
-use crate::virtio::{Attachment, Disk, Slot, attach_block};
+use crate::virtio::{Attachment, Closing, Disk, Slot, attach_block};
 
 /// Where devices are plugged in: interrupts and doorbells, memory, registers.
 pub(crate) type Sockets<'a> = (&'a VmFd, &'a GuestMemory, &'a mut MmioBus);
@@ -24,6 +26,36 @@ pub(crate) type Sockets<'a> = (&'a VmFd, &'a GuestMemory, &'a mut MmioBus);
 pub(crate) struct Subscribers {
     events: EventRemote,
     ids: Vec<SubscriberId>,
+}
+
+/// How long the end of a VM waits for its drives' files to be closed.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A VM's drives, which are closed once their devices are dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Closings(Mutex<Vec<Closing>>);
+
+impl Closings {
+    fn add(&self, closing: Closing) {
+        self.lock().push(closing);
+    }
+
+    /// Waits until they are closed, so that their locks are anybody's, but not for storage that does
+    /// not answer.
+    pub(crate) fn wait(&self, id: &VmId) {
+        let deadline = Instant::now() + CLOSE_PATIENCE;
+        let closings = std::mem::take(&mut *self.lock());
+        let open = closings.iter().filter(|closing| !closing.wait(deadline));
+        let count = open.count();
+        if count > 0 {
+            log::warn!("vm {id}: {count} of its drives stay locked: their storage does not answer");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Closing>> {
+        // Changed by single pushes: whole after any panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Subscribers {
@@ -54,8 +86,10 @@ pub(crate) fn attach(
         let label = format!("{}/{}", outside.id, drive.drive_id);
         let disk = Disk::open_locked(drive)?;
         let allowance = outside.allowance.clone();
-        let device = attach_block(slot, &label, disk, Arc::new(memory.clone()), allowance)
-            .map_err(StartError::EventFd)?;
+        let (device, closing) =
+            attach_block(slot, &label, disk, Arc::new(memory.clone()), allowance)
+                .map_err(StartError::EventFd)?;
+        outside.closings.add(closing);
         let id = plug_in(vm, mmio, &host.events, device, on_panic(outside, label))?;
         subscribers.ids.push(id);
     }

@@ -65,7 +65,7 @@
 //! 1. the *list of VMs* (`roster`): short; never held over a request to a VM, except to have
 //!    it forgotten.
 //! 2. the *cell* of a VM (`Vm::cell`): its state and its machine. Not held while vCPUs come to stand
-//!    still: one may be in a device that waits for storage.
+//!    still: one may be in the kernel for long.
 //! 3. the *gate* of a VM (`kvm::gate`).
 //! 4. the *kick* of a vCPU (`kvm::run_page`): leaf, around one store.
 //! 5. *devices*: a virtio device's registers, then the device (see [`virtio`]); the serial port;

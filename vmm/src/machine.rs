@@ -17,7 +17,7 @@ use crate::device::i8042::{self, I8042, NobodyListens};
 use crate::device::irq::IrqLine;
 use crate::device::report::ReportPort;
 use crate::device::serial::{self, SerialPort};
-use crate::drives::{self, Subscribers};
+use crate::drives::{self, Closings, Subscribers};
 use crate::events::EventRemote;
 use crate::guard::Watch;
 use crate::guard::room::VmAllowance;
@@ -61,6 +61,8 @@ pub(crate) struct Outside {
     pub(crate) report: Arc<ReportPort>,
     /// What the start and the devices take memory by.
     pub(crate) allowance: Arc<VmAllowance>,
+    /// Its drives, to be waited for when they are closed.
+    pub(crate) closings: Arc<Closings>,
     pub(crate) on_end: OnEnd,
 }
 
@@ -76,6 +78,7 @@ pub(crate) struct Machine {
     vm: Arc<VmFd>,
     ram: Ram,
     allowance: Arc<VmAllowance>,
+    closings: Arc<Closings>,
 }
 
 impl Machine {
@@ -107,12 +110,14 @@ impl Machine {
                     vm,
                     ram,
                     allowance: outside.allowance.clone(),
+                    closings: outside.closings.clone(),
                 })
             }
             Err(error) => {
                 if let Err(leak) = ram.release() {
                     log::error!("vm {}: {leak}", outside.id);
                 }
+                outside.closings.wait(&outside.id);
                 Err(error)
             }
         }
@@ -181,6 +186,7 @@ impl Machine {
             vm,
             ram,
             allowance,
+            closings,
         } = self;
         allowance.close(GivenUp::Stopped);
         drop(vcpus);
@@ -190,6 +196,8 @@ impl Machine {
         if let Err(leak) = ram.release() {
             log::error!("vm {id}: {leak}");
         }
+        // Last: it may wait, and the memory is what others wait for.
+        closings.wait(id);
     }
 }
 

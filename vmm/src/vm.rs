@@ -160,6 +160,7 @@ impl Vm {
             console: self.console.clone(),
             report: self.report.clone(),
             allowance: allowance.clone(),
+            closings: Arc::default(),
             on_end: self.on_end(),
         };
         let failed = |error| MonitorError::Start {
@@ -216,7 +217,7 @@ impl Vm {
 
     /// Stands the vCPUs still; returns when they do.
     ///
-    /// Without the lock meanwhile: a vCPU may stand in a device that waits for storage, and whoever
+    /// Without the lock meanwhile: a vCPU may be in the kernel for long, and whoever
     /// asks for the VM's state, or ends it, must not wait for that too.
     pub(crate) fn pause(&self) -> Result<(), MonitorError> {
         let (stillness, order) = {

@@ -10,7 +10,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::lock;
 use super::{
-    Allowance, Block, Device, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport,
+    Allowance, Block, Closing, Device, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker,
+    Transport,
 };
 use crate::bus::MmioDevice;
 
@@ -164,9 +165,10 @@ pub fn attach_block(
     disk: Disk,
     memory: Arc<GuestMemory>,
     allowance: Arc<dyn Allowance>,
-) -> io::Result<Attachment> {
+) -> io::Result<(Attachment, Closing)> {
     let device = Block::new(disk, allowance.clone());
-    attach(slot, label, device, memory, allowance)
+    let closing = device.closing();
+    Ok((attach(slot, label, device, memory, allowance)?, closing))
 }
 
 #[cfg(test)]
@@ -217,7 +219,7 @@ mod tests {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
         let memory = Arc::new(memory);
         let slot = Slot::new(3).unwrap();
-        let parts =
+        let (parts, closing) =
             attach_block(slot, "vm/disk", disk, memory.clone(), Arc::new(Unbounded)).unwrap();
 
         let events = EventLoop::new().unwrap();
@@ -266,5 +268,6 @@ mod tests {
         drop(bus);
         events.remote().remove(vec![id]).unwrap();
         assert_eq!(Arc::strong_count(&memory), 1);
+        assert!(closing.wait(Instant::now() + Duration::from_secs(60)));
     }
 }

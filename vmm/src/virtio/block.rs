@@ -1,13 +1,17 @@
 //! virtio-block over a raw file (virtio 1.2, section 5.2).
 //!
-//! One queue, requests served in order on the event loop. A request for whose data there is not the
-//! memory lies with the device, half done, until there is. `VIRTIO_BLK_F_FLUSH` is offered where the
-//! drive is configured to honour it, `VIRTIO_BLK_F_RO` where it is read-only.
+//! One queue, requests served in order on the event loop, which waits for no storage: what the page
+//! cache does not have at hand is the drive's lane's (`lane`), one chunk at a time. A request that
+//! waits for that, or for whose data there is not the memory, lies with the device, half done.
+//! `VIRTIO_BLK_F_FLUSH` is offered where the drive is configured to honour it, `VIRTIO_BLK_F_RO`
+//! where it is read-only.
 
 mod disk;
 mod image_format;
+mod lane;
 mod request;
 mod segments;
+mod transfer;
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,8 +26,10 @@ use virtio_queue::{DescriptorChain, Queue};
 use vm_memory::Bytes;
 
 pub use self::disk::{Disk, DiskError};
-use self::disk::{DiskFault, MAX_REQUEST_BYTES, Position};
+use self::disk::{DiskFault, MAX_REQUEST_BYTES};
+pub use self::lane::Closing;
 use self::request::{Kind, QUEUE_SIZE, Request};
+use self::transfer::{DiskIo, Moved, Position};
 use super::ring::{self, Finished};
 use super::{
     Activation, Allowance, Budget, Device, GuestMemory, LogLimit, Progress, RingError, Served,
@@ -40,7 +46,7 @@ const _: () = assert!(SEG_MAX as u64 * SIZE_MAX as u64 <= MAX_REQUEST_BYTES);
 /// A block device.
 #[derive(Debug)]
 pub struct Block {
-    disk: Disk,
+    disk: DiskIo,
     allowance: Arc<dyn Allowance>,
     active: Option<Active>,
     log_limit: LogLimit,
@@ -51,7 +57,7 @@ struct Active {
     memory: Arc<GuestMemory>,
     queue: Queue,
     label: Arc<str>,
-    /// A request that there was not the memory for, to be gone on with first.
+    /// A request that waits for memory or for storage, to be gone on with first.
     taken: Option<Taken>,
 }
 
@@ -66,7 +72,7 @@ struct Taken {
 /// How far a request got.
 #[derive(Debug)]
 enum Done {
-    /// So many bytes of its data were moved.
+    /// So many bytes of its data were moved; of a flush, whether it was begun.
     Data(u64),
     /// Its data is done with; what is to be told of it in the status byte, and bytes written.
     All(u8, u64),
@@ -77,18 +83,23 @@ impl Block {
     /// `allowance`.
     pub fn new(disk: Disk, allowance: Arc<dyn Allowance>) -> Self {
         Block {
-            disk,
+            disk: DiskIo::new(disk),
             allowance,
             active: None,
             log_limit: LogLimit::new(),
         }
     }
 
+    /// What tells when the drive's file is closed, after the device was dropped.
+    pub fn closing(&self) -> Closing {
+        self.disk.closing()
+    }
+
     /// The configuration space up to `seg_max` (5.2.4); the fields behind it belong to features
     /// that are not offered.
     fn config_space(&self) -> [u8; 16] {
         let mut space = [0; 16];
-        space[..8].copy_from_slice(&self.disk.capacity_sectors().to_le_bytes());
+        space[..8].copy_from_slice(&self.disk.facts().capacity_sectors.to_le_bytes());
         space[8..12].copy_from_slice(&SIZE_MAX.to_le_bytes());
         space[12..].copy_from_slice(&SEG_MAX.to_le_bytes());
         space
@@ -103,10 +114,10 @@ impl Device for Block {
     fn features(&self) -> u64 {
         let mut features = 1 << VIRTIO_RING_F_EVENT_IDX;
         features |= 1 << VIRTIO_BLK_F_SIZE_MAX | 1 << VIRTIO_BLK_F_SEG_MAX;
-        if self.disk.is_read_only() {
+        if self.disk.facts().is_read_only {
             features |= 1 << VIRTIO_BLK_F_RO;
         }
-        if self.disk.cache_type() == CacheType::Writeback {
+        if self.disk.facts().cache_type == CacheType::Writeback {
             features |= 1 << VIRTIO_BLK_F_FLUSH;
         }
         features
@@ -126,6 +137,7 @@ impl Device for Block {
     }
 
     fn activate(&mut self, activation: Activation) {
+        self.disk.connect(activation.doorbells);
         self.active = activation.queues.into_iter().next().map(|queue| Active {
             memory: activation.memory,
             queue,
@@ -151,6 +163,7 @@ impl Device for Block {
             memory,
             allowance: &*self.allowance,
             complain: |problem: &dyn fmt::Display| log_limit.warn(label, problem),
+            is_starved: false,
         };
         let finished = match taken.take() {
             None => None,
@@ -159,33 +172,41 @@ impl Device for Block {
                 let Some(served) = service.go_on(&mut kept) else {
                     *taken = Some(kept);
                     return Ok(Progress {
-                        starved: true,
+                        starved: service.is_starved,
                         ..Progress::default()
                     });
                 };
                 Some(Finished { head, served })
             }
         };
-        ring::drain(queue, memory, Budget::SLICE, finished, |chain| {
+        let drained = ring::drain(queue, memory, Budget::SLICE, finished, |chain| {
             service.serve(&chain, taken)
+        })?;
+        // The lane rings by itself.
+        Ok(Progress {
+            starved: service.is_starved,
+            ..drained
         })
     }
 
     fn reset(&mut self) {
         self.active = None;
+        self.disk.abandon();
     }
 }
 
 /// What a turn serves requests with.
 struct Service<'a, F> {
-    disk: &'a mut Disk,
+    disk: &'a mut DiskIo,
     memory: &'a GuestMemory,
     allowance: &'a dyn Allowance,
     complain: F,
+    /// A request waits for memory.
+    is_starved: bool,
 }
 
 impl<F: FnMut(&dyn fmt::Display)> Service<'_, F> {
-    /// Serves one request: data, then the status byte. `None` if there is not the memory for it: it
+    /// Serves one request: data, then the status byte. `None` if it waits for memory or storage: it
     /// lies in `taken` then.
     fn serve(
         &mut self,
@@ -216,13 +237,18 @@ impl<F: FnMut(&dyn fmt::Display)> Service<'_, F> {
         served
     }
 
-    /// Goes on where an earlier turn stopped. `None` if there is not the memory for it.
+    /// Goes on where an earlier turn stopped. `None` if it waits for memory or storage.
     fn go_on(&mut self, taken: &mut Taken) -> Option<Served> {
         let request = &taken.request;
         if let Done::Data(done_bytes) = taken.progress {
             let (status, written_bytes) = match self.execute(request, done_bytes) {
-                Ok(Moved::All(written_bytes)) => (VIRTIO_BLK_S_OK, written_bytes),
-                Ok(Moved::UpTo(done_bytes)) => {
+                Ok((Moved::All, written_bytes)) => (VIRTIO_BLK_S_OK, written_bytes),
+                Ok((Moved::Starved(done_bytes), _)) => {
+                    taken.progress = Done::Data(done_bytes);
+                    self.is_starved = true;
+                    return None;
+                }
+                Ok((Moved::Waiting(done_bytes), _)) => {
                     taken.progress = Done::Data(done_bytes);
                     return None;
                 }
@@ -240,13 +266,10 @@ impl<F: FnMut(&dyn fmt::Display)> Service<'_, F> {
         };
         // The byte may lie on a page that nobody touched yet.
         if !self.allowance.take(self.allowance.page_bytes()) {
+            self.is_starved = true;
             return None;
         }
-        let cost_bytes = match request.kind {
-            // It may take any time: a turn of its own.
-            Kind::Flush => u64::MAX,
-            _ => 1 + request.readable.length_bytes() + request.writable.length_bytes(),
-        };
+        let cost_bytes = 1 + request.readable.length_bytes() + request.writable.length_bytes();
         let status_written = self.memory.write_obj(status, request.status_address);
         if let Err(error) = &status_written {
             (self.complain)(error);
@@ -265,8 +288,9 @@ impl<F: FnMut(&dyn fmt::Display)> Service<'_, F> {
         })
     }
 
-    /// Carries out a request, of whose data `done_bytes` are moved already.
-    fn execute(&mut self, request: &Request, done_bytes: u64) -> Result<Moved, Failure> {
+    /// Carries out a request, of whose data `done_bytes` are moved already. With how far it got come
+    /// the bytes that it writes to the guest's buffers as a whole.
+    fn execute(&mut self, request: &Request, done_bytes: u64) -> Result<(Moved, u64), Failure> {
         let (memory, allowance) = (self.memory, self.allowance);
         let at = Position {
             sector: request.sector,
@@ -274,27 +298,23 @@ impl<F: FnMut(&dyn fmt::Display)> Service<'_, F> {
         };
         match request.kind {
             Kind::In => {
-                let done_bytes = self.disk.read(at, &request.writable, memory, allowance)?;
-                let length_bytes = request.writable.length_bytes();
-                Ok(Moved::of(done_bytes, length_bytes, length_bytes))
+                let moved = self.disk.read(at, &request.writable, memory, allowance)?;
+                Ok((moved, request.writable.length_bytes()))
             }
             Kind::Out => {
-                let done_bytes = self.disk.write(at, &request.readable, memory, allowance)?;
-                Ok(Moved::of(done_bytes, request.readable.length_bytes(), 0))
+                let moved = self.disk.write(at, &request.readable, memory, allowance)?;
+                Ok((moved, 0))
             }
-            Kind::Flush => {
-                self.disk.flush()?;
-                Ok(Moved::All(0))
-            }
+            Kind::Flush => Ok((self.disk.flush(done_bytes > 0)?, 0)),
             Kind::GetId => self.write_id(request, done_bytes),
             Kind::Unknown(_) => Err(Failure::Unsupported),
         }
     }
 
     /// Writes the drive's name, of which `done_bytes` are written already.
-    fn write_id(&self, request: &Request, done_bytes: u64) -> Result<Moved, Failure> {
+    fn write_id(&self, request: &Request, done_bytes: u64) -> Result<(Moved, u64), Failure> {
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
-        for (byte, value) in serial.iter_mut().zip(self.disk.drive_id().bytes()) {
+        for (byte, value) in serial.iter_mut().zip(self.disk.facts().drive_id.bytes()) {
             *byte = value;
         }
         let mut done = usize::try_from(done_bytes).unwrap_or(serial.len());
@@ -310,31 +330,13 @@ impl<F: FnMut(&dyn fmt::Display)> Service<'_, F> {
                 break;
             }
             if !self.allowance.take(piece.memory_bytes) {
-                return Ok(Moved::UpTo(done as u64));
+                return Ok((Moved::Starved(done as u64), 0));
             }
             let written = self.memory.write_slice(now, piece.address);
             written.map_err(DiskFault::Memory)?;
             done += now.len();
         }
-        Ok(Moved::All(done as u64))
-    }
-}
-
-/// What became of a request's data.
-enum Moved {
-    /// All of it was moved, and so many bytes written to the guest's buffers.
-    All(u64),
-    /// So many bytes of it.
-    UpTo(u64),
-}
-
-impl Moved {
-    fn of(done_bytes: u64, length_bytes: u64, written_bytes: u64) -> Moved {
-        if done_bytes < length_bytes {
-            Moved::UpTo(done_bytes)
-        } else {
-            Moved::All(written_bytes)
-        }
+        Ok((Moved::All, done as u64))
     }
 }
 
@@ -352,5 +354,7 @@ impl From<DiskFault> for Failure {
 
 #[cfg(test)]
 mod merge_tests;
+#[cfg(test)]
+mod storage_tests;
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::Queue;
 
-use super::{GuestMemory, Interrupt, Progress, RingError};
+use super::{Doorbells, GuestMemory, Interrupt, Progress, RingError};
 
 /// A virtio device: a type, features, a configuration space and queues (virtio 1.2, section 2).
 ///
@@ -53,6 +53,8 @@ pub struct Activation {
     /// For devices with something to say besides used buffers; the worker raises the interrupt for
     /// those.
     pub interrupt: Arc<Interrupt>,
+    /// For devices that finish work later: `doorbells[queue]` has the worker serve the queue again.
+    pub doorbells: Doorbells,
     /// Names the device in log messages.
     pub label: Arc<str>,
 }

@@ -13,6 +13,7 @@ use virtio_bindings::virtio_mmio as register;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::device::lock;
 use super::{Allowance, Block, Disk, GuestMemory, Interrupt, QueueWorker, Transport, Unbounded};
 use crate::bus::MmioDevice;
 use crate::config::{CacheType, Drive, DriveSamepage, IoEngine, Unsupported};
@@ -112,6 +113,17 @@ impl Guest {
         std::mem::replace(&mut self.worker, nobody)
     }
 
+    /// Serves the queue until nothing of it waits for storage.
+    pub(crate) fn serve(&mut self) {
+        loop {
+            self.worker.serve(0);
+            let closing = lock(&self.device).closing();
+            if !closing.settle() {
+                break;
+            }
+        }
+    }
+
     pub(crate) fn read(&mut self, offset: u32) -> u32 {
         let mut bytes = [0xaa; 4];
         self.registers.read(u64::from(offset), &mut bytes);
@@ -192,6 +204,7 @@ pub fn registers(disk: Disk, input: &[u8]) {
         match verb % 8 {
             0 => guest.set_up(u64::from_le_bytes(value)),
             1 => guest.poke(offset, &value),
+            2 | 3 if verb >> 3 == 0 => guest.serve(),
             2 | 3 => guest.worker.serve(usize::from(verb >> 3)),
             4 => {
                 let mut bytes = [0; 8];
@@ -227,11 +240,11 @@ pub fn requests(disk: Disk, features: u64, input: &[u8]) {
     }
     for available in 1..=QUEUE_SIZE {
         guest.poke(AVAIL + 2, &available.to_le_bytes());
-        guest.worker.serve(0);
+        guest.serve();
     }
     if let Some(index) = headers.first_chunk::<2>() {
         guest.poke(AVAIL + 2, index);
-        guest.worker.serve(0);
+        guest.serve();
     }
 }
 

@@ -1,7 +1,8 @@
 //! Virtio devices: one transport, one queue worker, one file a device.
 //!
-//! A device here is registers and queues, it has no thread. A vCPU that touches the device's
-//! register page runs [`Transport`]; a vCPU that rings a queue's doorbell only bumps an eventfd
+//! A device here is registers and queues. Only a drive has a thread, while its storage is waited
+//! for. A vCPU that touches the device's register page runs [`Transport`]; a vCPU that rings a
+//! queue's doorbell only bumps an eventfd
 //! (KVM's ioeventfd), and the monitor's event loop runs [`QueueWorker`], which asks the [`Device`]
 //! to serve that queue. Interrupts go back by an eventfd too (irqfd).
 //!
@@ -53,7 +54,7 @@ mod worker;
 
 pub use allowance::{Allowance, Doorbells, Unbounded};
 pub use attach::{Attachment, Doorbell, Slot, SlotError, attach, attach_block};
-pub use block::{Block, Disk, DiskError};
+pub use block::{Block, Closing, Disk, DiskError};
 pub use device::{Activation, Device};
 pub use interrupt::Interrupt;
 pub use log_limit::LogLimit;

@@ -257,6 +257,7 @@ impl<D: Device> Transport<D> {
                 queues,
                 features: self.driver_features,
                 interrupt: self.interrupt.clone(),
+                doorbells: self.doorbells.clone(),
                 label: self.label.clone(),
             }),
             Err(error) => {

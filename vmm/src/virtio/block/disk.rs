@@ -5,14 +5,9 @@ use std::io::{self, Seek, SeekFrom};
 use std::path::PathBuf;
 
 use thiserror::Error;
-use vm_memory::{
-    GuestMemoryBackend, GuestMemoryError, ReadVolatile, VolatileMemoryError, VolatileSlice,
-    WriteVolatile,
-};
+use vm_memory::GuestMemoryError;
 
-use super::super::{Allowance, GuestMemory};
 use super::image_format;
-use super::segments::{Piece, Segments};
 use crate::config::{CacheType, Drive};
 use crate::host_file::{self, Allowed};
 
@@ -99,25 +94,26 @@ pub(crate) enum DiskFault {
     Memory(#[source] GuestMemoryError),
     #[error("disk i/o: {0}")]
     Io(#[source] io::Error),
-    #[error("disk i/o: {0}")]
-    Transfer(#[source] VolatileMemoryError),
-}
-
-/// Where a transfer begins, and how far an earlier turn got with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Position {
-    pub(crate) sector: u64,
-    pub(crate) done_bytes: u64,
 }
 
 /// An open drive of a known number of sectors.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
-    drive_id: String,
-    capacity_sectors: u64,
-    is_read_only: bool,
-    cache_type: CacheType,
+    facts: DiskFacts,
+}
+
+/// What is known of a drive.
+#[derive(Debug)]
+pub(crate) struct DiskFacts {
+    /// Its name.
+    pub(crate) drive_id: String,
+    /// Whole sectors of 512 bytes.
+    pub(crate) capacity_sectors: u64,
+    /// Whether writes are refused.
+    pub(crate) is_read_only: bool,
+    /// What a flush does.
+    pub(crate) cache_type: CacheType,
 }
 
 impl Disk {
@@ -171,13 +167,13 @@ impl Disk {
             );
         }
         let capacity_sectors = size_bytes / SECTOR_BYTES;
-        Ok(Disk {
-            file,
+        let facts = DiskFacts {
             drive_id,
             capacity_sectors,
             is_read_only,
             cache_type: drive.cache_type,
-        })
+        };
+        Ok(Disk { file, facts })
     }
 
     /// Opens the drive's file as [`Disk::open`] does, and locks it until the disk is dropped, unless
@@ -191,12 +187,12 @@ impl Disk {
             return Ok(disk);
         }
         let (drive_id, path) = (drive.drive_id.clone(), drive.path_on_host.clone());
-        match host_file::lock(&disk.file, !disk.is_read_only) {
+        match host_file::lock(&disk.file, !disk.facts.is_read_only) {
             Ok(()) => Ok(disk),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(DiskError::Locked {
                 drive_id,
                 path,
-                holder: if disk.is_read_only {
+                holder: if disk.facts.is_read_only {
                     "may write to it"
                 } else {
                     "may read or write it"
@@ -212,107 +208,18 @@ impl Disk {
 
     /// Whole sectors of 512 bytes.
     pub fn capacity_sectors(&self) -> u64 {
-        self.capacity_sectors
+        self.facts.capacity_sectors
     }
 
-    /// Whether writes are refused.
-    pub fn is_read_only(&self) -> bool {
-        self.is_read_only
+    /// The file, and what is known of it.
+    pub(super) fn into_parts(self) -> (File, DiskFacts) {
+        (self.file, self.facts)
     }
+}
 
-    /// What a flush does.
-    pub fn cache_type(&self) -> CacheType {
-        self.cache_type
-    }
-
-    /// The drive's name.
-    pub fn drive_id(&self) -> &str {
-        &self.drive_id
-    }
-
-    /// Fills `buffers` from the disk, behind what is done already. Returns what is done then: less
-    /// than the buffers hold if the `allowance` ran out.
-    ///
-    /// The kernel copies between the page cache and guest memory. Rejected: `O_DIRECT`. It pins the
-    /// guest's page frames for as long as the transfer takes, and a page the merge engine swaps for
-    /// a shared one meanwhile is then another frame: the device's data would land in a frame that
-    /// is no longer the guest's.
-    pub(crate) fn read(
-        &mut self,
-        from: Position,
-        buffers: &Segments,
-        memory: &GuestMemory,
-        allowance: &dyn Allowance,
-    ) -> Result<u64, DiskFault> {
-        self.transfer(from, buffers, (memory, allowance), |file, slice| {
-            file.read_exact_volatile(slice)
-        })
-    }
-
-    /// Writes `buffers` to the disk. The same holds as for [`Disk::read`]: what is written lies in
-    /// the page cache, which the limit counts too.
-    pub(crate) fn write(
-        &mut self,
-        to: Position,
-        buffers: &Segments,
-        memory: &GuestMemory,
-        allowance: &dyn Allowance,
-    ) -> Result<u64, DiskFault> {
-        if self.is_read_only {
-            return Err(DiskFault::ReadOnly);
-        }
-        self.transfer(to, buffers, (memory, allowance), |file, slice| {
-            file.write_all_volatile(slice)
-        })
-    }
-
-    /// Makes what was written durable, where the drive is configured so.
-    pub(crate) fn flush(&mut self) -> Result<(), DiskFault> {
-        match self.cache_type {
-            CacheType::Unsafe => Ok(()),
-            // A read-only drive's file was never written by us.
-            CacheType::Writeback if self.is_read_only => Ok(()),
-            CacheType::Writeback => self.file.sync_data().map_err(DiskFault::Io),
-        }
-    }
-
-    fn transfer<F>(
-        &mut self,
-        from: Position,
-        buffers: &Segments,
-        (memory, allowance): (&GuestMemory, &dyn Allowance),
-        mut one: F,
-    ) -> Result<u64, DiskFault>
-    where
-        F: FnMut(&mut File, &mut Slice<'_>) -> Result<(), VolatileMemoryError>,
-    {
-        let start_bytes = self.start_bytes(from.sector, buffers.length_bytes())?;
-        let mut done_bytes = from.done_bytes;
-        self.file
-            .seek(SeekFrom::Start(start_bytes + done_bytes))
-            .map_err(DiskFault::Io)?;
-        for piece in buffers.pieces(done_bytes, allowance.page_bytes()) {
-            let Piece {
-                address,
-                length_bytes,
-                memory_bytes,
-            } = piece;
-            if !allowance.take(memory_bytes) {
-                break;
-            }
-            // A piece is no longer than a huge page.
-            let length = usize::try_from(length_bytes).unwrap_or(usize::MAX);
-            for slice in GuestMemoryBackend::get_slices(memory, address, length) {
-                let mut slice = slice.map_err(DiskFault::Memory)?;
-                one(&mut self.file, &mut slice).map_err(DiskFault::Transfer)?;
-            }
-            done_bytes += length_bytes;
-        }
-        Ok(done_bytes)
-    }
-
+impl DiskFacts {
     /// Where in the file a request starts, once it is known to end inside.
-    fn start_bytes(&self, sector: u64, length_bytes: u64) -> Result<u64, DiskFault> {
+    pub(super) fn start_bytes(&self, sector: u64, length_bytes: u64) -> Result<u64, DiskFault> {
         if !length_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskFault::NotSectors(length_bytes));
         }
@@ -331,7 +238,3 @@ impl Disk {
         }
     }
 }
-
-/// A piece of guest memory; what is written to it is marked in the bitmap.
-type Slice<'a> =
-    VolatileSlice<'a, vm_memory::bitmap::RefSlice<'a, vm_memory::bitmap::AtomicBitmap>>;

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use dedup::{Engine, Pace, Run, Settings};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::disk::{Disk, Position};
+use super::disk::Disk;
 use super::segments::Segments;
+use super::transfer::{DiskIo, Moved, Position};
 use crate::memory::ram::{Merger, Ram};
 use crate::virtio::{Unbounded, fuzzing};
 
@@ -21,12 +22,12 @@ fn contents(version: u8, page: usize) -> Vec<u8> {
 }
 
 /// A disk that holds version 0, then version 1.
-fn disk() -> (tempfile::NamedTempFile, Disk) {
+fn disk() -> (tempfile::NamedTempFile, DiskIo) {
     let file = tempfile::NamedTempFile::new().unwrap();
     let versions = (0..2).flat_map(|version| (0..PAGES).map(move |page| contents(version, page)));
     std::fs::write(file.path(), versions.flatten().collect::<Vec<u8>>()).unwrap();
     let disk = Disk::open(&fuzzing::drive("disk", file.path(), false)).unwrap();
-    (file, disk)
+    (file, DiskIo::new(disk))
 }
 
 fn buffer(page: usize) -> Segments {
@@ -53,6 +54,7 @@ fn pages_read_from_disk_are_the_guests_own_while_the_engine_merges_them() {
     let engine = Engine::new(&settings).unwrap();
     let rams = [0, 1].map(|_| Ram::new((PAGES * PAGE) as u64, Merger::Engine(&engine)).unwrap());
     let (_file, mut disk) = disk();
+    let closing = disk.closing();
     let mut versions = [[0_u8; PAGES]; 2];
     let start = Instant::now();
     let (mut most_shared, mut round) = (0, 0_usize);
@@ -66,8 +68,13 @@ fn pages_read_from_disk_are_the_guests_own_while_the_engine_merges_them() {
                     sector,
                     done_bytes: 0,
                 };
-                let done = disk.read(from, &buffer(page), ram.memory(), &Unbounded);
-                assert_eq!(done.unwrap(), PAGE as u64);
+                let mut read = || disk.read(from, &buffer(page), ram.memory(), &Unbounded);
+                let mut moved = read().unwrap();
+                while let Moved::Waiting(_) = moved {
+                    closing.settle();
+                    moved = read().unwrap();
+                }
+                assert_eq!(moved, Moved::All);
                 seen[page] = version;
                 if round % 5 == 4 {
                     break;

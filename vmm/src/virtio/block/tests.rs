@@ -12,12 +12,12 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_mmio as register;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
 
-const HEADER: u64 = 0x4000;
-const DATA: u64 = 0x5000;
-const STATUS: u64 = 0x7000;
+pub(super) const HEADER: u64 = 0x4000;
+pub(super) const DATA: u64 = 0x5000;
+pub(super) const STATUS: u64 = 0x7000;
 const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const UNTOUCHED: u8 = 0xee;
+pub(super) const WRITE: u16 = 2;
+pub(super) const UNTOUCHED: u8 = 0xee;
 const SECTORS: u64 = 8;
 
 fn drive(path: &Path) -> Drive {
@@ -37,8 +37,8 @@ fn file() -> tempfile::NamedTempFile {
     file
 }
 
-struct Bench {
-    guest: Guest,
+pub(super) struct Bench {
+    pub(super) guest: Guest,
     file: tempfile::NamedTempFile,
     next_avail: u16,
 }
@@ -60,12 +60,12 @@ fn allowed(change: impl FnOnce(&mut Drive), allowance: Arc<dyn Allowance>) -> Be
     }
 }
 
-fn bench() -> Bench {
+pub(super) fn bench() -> Bench {
     bench_with(|_| ())
 }
 
 impl Bench {
-    fn header(&mut self, kind: u32, sector: u64) {
+    pub(super) fn header(&mut self, kind: u32, sector: u64) {
         self.guest.poke(HEADER, &kind.to_le_bytes());
         self.guest.poke(HEADER + 8, &sector.to_le_bytes());
         self.guest.poke(STATUS, &[UNTOUCHED]);
@@ -77,7 +77,7 @@ impl Bench {
         self.ring();
     }
 
-    fn link(&mut self, chain: &[(u64, u32, u16)]) {
+    pub(super) fn link(&mut self, chain: &[(u64, u32, u16)]) {
         for (index, &(address, length, flags)) in (0_u16..).zip(chain) {
             let last = usize::from(index) + 1 == chain.len();
             let flags = if last { flags } else { flags | NEXT };
@@ -90,11 +90,24 @@ impl Bench {
     }
 
     fn ring(&mut self) {
+        self.make_available();
+        self.guest.serve();
+    }
+
+    /// Sets the rings up anew.
+    pub(super) fn reset(&mut self) {
+        self.guest.set_up(0);
+        self.next_avail = 0;
+        for index in [AVAIL + 2, USED + 2] {
+            self.guest.poke(index, &[0, 0]);
+        }
+    }
+
+    pub(super) fn make_available(&mut self) {
         self.guest
             .poke(AVAIL + 4 + 2 * u64::from(self.next_avail % 16), &[0, 0]);
         self.next_avail += 1;
         self.guest.poke(AVAIL + 2, &self.next_avail.to_le_bytes());
-        self.guest.worker.serve(0);
     }
 
     /// Header, data and status in a descriptor each; returns the status byte.
@@ -105,7 +118,7 @@ impl Bench {
         self.peek(STATUS, 1)[0]
     }
 
-    fn peek(&self, address: u64, length: usize) -> Vec<u8> {
+    pub(super) fn peek(&self, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.guest
             .memory
@@ -115,7 +128,7 @@ impl Bench {
     }
 
     /// Entries in the used ring, and the length of the last.
-    fn used(&self) -> (u16, u32) {
+    pub(super) fn used(&self) -> (u16, u32) {
         let index: u16 = self.guest.memory.read_obj(GuestAddress(USED + 2)).unwrap();
         let last = USED + 4 + 8 * u64::from(index.wrapping_sub(1) % 16);
         (
@@ -166,7 +179,8 @@ fn a_request_waits_half_done_for_memory_and_is_used_once_when_it_is_there() {
     for address in [first, second, STATUS] {
         bench.guest.poke(address, &[UNTOUCHED; 512]);
     }
-    *ration.left_bytes.lock().unwrap() = 4096;
+    // For what is read, and for the first buffer.
+    *ration.left_bytes.lock().unwrap() = 2 * 4096;
     bench.header(VIRTIO_BLK_T_IN, 2);
     let chain = [
         (HEADER, 16, 0),
@@ -184,7 +198,7 @@ fn a_request_waits_half_done_for_memory_and_is_used_once_when_it_is_there() {
     // Enough for the data, then for the status byte.
     for (left_bytes, used) in [(0, 0), (4096, 0), (4096, 1)] {
         *ration.left_bytes.lock().unwrap() = left_bytes;
-        bench.guest.worker.serve(0);
+        bench.guest.serve();
         assert_eq!(bench.used().0, used);
     }
     assert_eq!(bench.peek(second, 512), [4; 512]);
@@ -198,13 +212,9 @@ fn a_reset_lets_go_of_a_request_that_waits_for_memory() {
     let ration = Arc::new(Ration::default());
     let mut bench = allowed(|_| (), ration.clone());
     assert_eq!(bench.request(VIRTIO_BLK_T_IN, 2, 512, WRITE), UNTOUCHED);
-    bench.guest.set_up(0);
-    bench.next_avail = 0;
-    for index in [AVAIL + 2, USED + 2] {
-        bench.guest.poke(index, &[0, 0]);
-    }
+    bench.reset();
     *ration.left_bytes.lock().unwrap() = u64::MAX;
-    bench.guest.worker.serve(0);
+    bench.guest.serve();
     assert_eq!(bench.used().0, 0, "it is forgotten");
     assert_eq!(bench.request(VIRTIO_BLK_T_IN, 2, 512, WRITE), OK);
     assert_eq!(bench.used().0, 1);
@@ -228,12 +238,12 @@ fn a_name_is_written_as_far_as_there_is_memory_for_its_pages() {
         (b"root".to_vec(), 0)
     );
     *ration.left_bytes.lock().unwrap() = 2 * 4096;
-    bench.guest.worker.serve(0);
+    bench.guest.serve();
     assert_eq!(&bench.peek(second, 3), b"fs\0");
     assert_eq!(bench.used(), (1, 21));
 }
 
-const OK: u8 = VIRTIO_BLK_S_OK.to_le_bytes()[0];
+pub(super) const OK: u8 = VIRTIO_BLK_S_OK.to_le_bytes()[0];
 const IOERR: u8 = VIRTIO_BLK_S_IOERR.to_le_bytes()[0];
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP.to_le_bytes()[0];
 
@@ -451,7 +461,7 @@ fn a_reset_device_lets_go_of_guest_memory_and_starts_again() {
     let held = Arc::strong_count(&bench.guest.memory);
     bench.guest.write(register::VIRTIO_MMIO_STATUS, 0);
     assert_eq!(Arc::strong_count(&bench.guest.memory), held - 1);
-    bench.guest.worker.serve(0);
+    bench.guest.serve();
     bench.guest.poke(AVAIL, &[0; 64]);
     bench.guest.poke(USED, &[0; 256]);
     bench.next_avail = 0;
@@ -569,7 +579,7 @@ proptest! {
         }
         bench.guest.poke(AVAIL + 2, &16_u16.to_le_bytes());
         while bench.used().0 < 16 {
-            bench.guest.worker.serve(0);
+            bench.guest.serve();
             prop_assert!(!bench.guest.interrupt.needs_reset());
         }
         let after = (bench.peek(0x4000, 0x4000), bench.peek(HIGH_START, 0x8000));
