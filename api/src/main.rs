@@ -12,7 +12,7 @@ use samepage::command;
 use samepage::note::note;
 
 /// How long the end of the process waits for requests that still run, if all is well so far.
-const LAST_WAIT: Duration = Duration::from_secs(5);
+const LAST_WAIT: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

@@ -40,9 +40,9 @@ const ACCEPT_RETRY_MAX: Duration = Duration::from_secs(1);
 const DISCARD_MAX_BYTES: u64 = 16 << 20;
 const DISCARD_MAX_TIME: Duration = Duration::from_secs(2);
 
-/// How long the end of all VMs may take when the server stops. A VM can hang on storage that does not
-/// answer; it ends with the process then.
-pub const CLOSE_TIME: Duration = Duration::from_secs(20);
+/// How long the end of all VMs may take when the server stops; what has not ended then ends with the
+/// process. With [`FAREWELL_TIME`] and the last wait of `main` it makes 20 s.
+pub const CLOSE_TIME: Duration = Duration::from_secs(15);
 /// How long open connections may take to finish when the server stops. Nothing else of its end
 /// waits for a client.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
