@@ -23,6 +23,7 @@
 //! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
+//! | `fuzzing` | any bytes at all, for fuzz targets |
 //! | [`vm_args`] | the arguments that describe a VM, and the config they make |
 //! | [`limits`], [`signals`] | of the process: open files, sizes of files; what ends it |
 //! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
@@ -49,6 +50,11 @@ pub mod console_stream;
 pub mod domain_name;
 pub mod fault;
 pub mod front_door;
+#[cfg(test)]
+#[path = "../../tests/fuzz/seeds.rs"]
+mod fuzz_seeds;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod http10;
 pub mod limits;
 pub mod merge_report;

@@ -8,10 +8,11 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::UPGRADE;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
+use hyper::server::conn::http1::{self, UpgradeableConnection};
+use hyper::service::{Service, service_fn};
 use hyper::{Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
@@ -134,14 +135,7 @@ async fn converse(
             Ok::<_, Infallible>(response)
         }
     });
-    let connection = http1::Builder::new()
-        .auto_date_header(false)
-        .title_case_headers(true)
-        .half_close(true)
-        .max_buf_size(HEAD_MAX_BYTES)
-        .serve_connection(TokioIo::new(Wire::new(stream)), service)
-        .with_upgrades();
-    let mut connection = std::pin::pin!(connection);
+    let mut connection = std::pin::pin!(connection(stream, service));
     // The guard of the watched value is dropped before anything is awaited.
     let stop = async { drop(stopped.wait_for(|&is_stopping| is_stopping).await) };
     let done = tokio::select! {
@@ -154,6 +148,21 @@ async fn converse(
     if let Err(error) = done {
         log::debug!("api connection: {error}");
     }
+}
+
+/// HTTP on `stream`, spoken as Firecracker's server does, with `service` for the answers.
+pub(crate) fn connection<S, V>(stream: S, service: V) -> UpgradeableConnection<TokioIo<Wire<S>>, V>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    V: Service<hyper::Request<Incoming>, Response = Response<Full<Bytes>>, Error = Infallible>,
+{
+    http1::Builder::new()
+        .auto_date_header(false)
+        .title_case_headers(true)
+        .half_close(true)
+        .max_buf_size(HEAD_MAX_BYTES)
+        .serve_connection(TokioIo::new(Wire::new(stream)), service)
+        .with_upgrades()
 }
 
 async fn answer(
@@ -181,10 +190,7 @@ async fn answer_or_fault(
     request: hyper::Request<Incoming>,
 ) -> Result<Response<Full<Bytes>>, Fault> {
     let (mut parts, body) = request.into_parts();
-    let body = match tokio::time::timeout(BODY_TIME, read_body(body)).await {
-        Ok(body) => body?,
-        Err(_) => return Err(Fault::too_slow(BODY_TIME)),
-    };
+    let body = read_body(body).await?;
     turn.request_came();
     let request = route(&parts.method, parts.uri.path(), &body)?;
     let wants_stream = parts.headers.get(UPGRADE).is_some_and(|protocol| {
@@ -213,8 +219,16 @@ async fn answer_or_fault(
     Ok(reply.into_response())
 }
 
-/// Reads a body of at most [`BODY_MAX_BYTES`]; one that announces more is not read first.
-async fn read_body(mut body: Incoming) -> Result<Bytes, Fault> {
+/// Reads a body of at most [`BODY_MAX_BYTES`] that comes within [`BODY_TIME`].
+pub(crate) async fn read_body(body: Incoming) -> Result<Bytes, Fault> {
+    match tokio::time::timeout(BODY_TIME, read_within_limit(body)).await {
+        Ok(body) => body,
+        Err(_) => Err(Fault::too_slow(BODY_TIME)),
+    }
+}
+
+/// The same without a deadline; a body that announces too much is not read first.
+async fn read_within_limit(mut body: Incoming) -> Result<Bytes, Fault> {
     if body.size_hint().lower() > BODY_MAX_BYTES as u64 {
         tokio::spawn(discard(body));
         return Err(Fault::body_too_large(BODY_MAX_BYTES));

@@ -92,6 +92,9 @@ mod device;
 mod drives;
 pub mod error;
 pub mod events;
+#[cfg(test)]
+#[path = "../../tests/fuzz/seeds.rs"]
+mod fuzz_seeds;
 mod guard;
 mod host_file;
 pub mod id;

@@ -5,4 +5,5 @@ include!("../disk.rs");
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     vmm::virtio::fuzzing::registers(disk(false), input);
+    check_size();
 });

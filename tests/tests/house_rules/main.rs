@@ -57,6 +57,7 @@ fn is_ours(file: &SourceFile) -> bool {
         ".lock", ".patch", ".config", ".diff", ".json", ".yaml", ".svg",
     ];
     file.path != "LICENSE"
+        && !file.path.starts_with("tests/fuzz/seeds/")
         && !foreign_endings
             .iter()
             .any(|ending| file.path.ends_with(ending))

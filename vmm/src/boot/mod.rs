@@ -1,6 +1,8 @@
 //! What a guest finds in its memory when it starts, by the 64-bit boot protocol of Linux.
 
 pub mod cmdline;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub(crate) mod kernel;
 pub(crate) mod mptable;
 pub(crate) mod params;

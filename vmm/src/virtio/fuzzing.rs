@@ -1,8 +1,9 @@
-//! The guest's side of a block device, for fuzz targets and the property tests that run the same.
+//! The guest's side of a block device, for fuzz targets and the tests that run the same.
 //!
 //! Everything here is what a guest can do: access registers, write its memory, ring doorbells.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::{
@@ -10,11 +11,14 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_mmio as register;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::lock;
-use super::{Allowance, Block, Disk, GuestMemory, Interrupt, QueueWorker, Transport, Unbounded};
+use super::{
+    Allowance, Block, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport, Unbounded,
+};
 use crate::bus::MmioDevice;
 use crate::config::{CacheType, Drive, DriveSamepage, IoEngine, Unsupported};
 
@@ -36,12 +40,49 @@ pub fn drive(drive_id: &str, path: &Path, is_read_only: bool) -> Drive {
         is_root_device: false,
         is_read_only,
         partuuid: None,
-        cache_type: CacheType::Unsafe,
+        cache_type: CacheType::Writeback,
         samepage: DriveSamepage::default(),
         io_engine: IoEngine::Sync,
         rate_limiter: Unsupported::ABSENT,
         socket: Unsupported::ABSENT,
     }
+}
+
+/// Leave to take memory that is given and refused in turn.
+#[derive(Debug)]
+struct InTurn {
+    /// Six bits, one after the other and again: refused where one is set.
+    refused: u8,
+    asked: AtomicU8,
+}
+
+impl InTurn {
+    fn new(refused: u8) -> Arc<InTurn> {
+        let asked = AtomicU8::new(0);
+        Arc::new(InTurn { refused, asked })
+    }
+
+    fn gives(&self) -> bool {
+        let asked = self.asked.fetch_add(1, Ordering::Relaxed);
+        self.refused & (1 << (asked % 6)) == 0
+    }
+}
+
+impl Allowance for InTurn {
+    fn is_open(&self) -> bool {
+        self.gives()
+    }
+
+    fn take(&self, _bytes: u64) -> bool {
+        self.gives()
+    }
+
+    fn page_bytes(&self) -> u64 {
+        4096
+    }
+
+    /// Nobody listens for doorbells here.
+    fn ring_later(&self, _doorbells: &Doorbells, _queue: usize) {}
 }
 
 /// A guest with one block device. Panics are findings, so it panics freely itself.
@@ -194,9 +235,11 @@ impl Guest {
 
 /// Random accesses to the registers and to memory, and doorbells, in any order.
 ///
-/// Each 16 bytes of `input` are an action, an offset or address, a width and a value.
+/// Each 16 bytes of `input` are an action, an offset or address, a width and a value. The fifth
+/// byte of them all says when the device is refused memory.
 pub fn registers(disk: Disk, input: &[u8]) {
-    let mut guest = Guest::new(disk);
+    let refused = input.get(4).copied().unwrap_or_default();
+    let mut guest = Guest::allowed(disk, InTurn::new(refused));
     for action in input.as_chunks::<16>().0 {
         let [verb, width, offset_low, offset_high, _, _, _, _, value @ ..] = *action;
         let offset = u64::from(u16::from_le_bytes([offset_low, offset_high]));
@@ -217,13 +260,32 @@ pub fn registers(disk: Disk, input: &[u8]) {
     }
 }
 
+/// [`requests`] with what the first byte of `input` says: bit 0 for a disk that is read-only, bit 1
+/// for `VIRTIO_RING_F_EVENT_IDX`, the others for when the device is refused memory. `disk` makes
+/// the disk.
+pub fn any_requests(disk: impl FnOnce(bool) -> Disk, input: &[u8]) {
+    let Some((&options, input)) = input.split_first() else {
+        return;
+    };
+    let features = u64::from(options & 2 != 0) << VIRTIO_RING_F_EVENT_IDX;
+    let disk = disk(options & 1 != 0);
+    served(
+        Guest::allowed(disk, InTurn::new(options >> 2)),
+        features,
+        input,
+    );
+}
+
 /// A driver that sets up its queue as it should and then puts anything at all into the rings.
 ///
 /// The first 128 bytes of `input` are the descriptor table, 8 bytes a descriptor; the rest is what
 /// the buffers hold, 4 bytes a request header. Both are widened so that a good part makes sense:
 /// mere noise would hardly ever get past the first check. Every descriptor is made available.
 pub fn requests(disk: Disk, features: u64, input: &[u8]) {
-    let mut guest = Guest::new(disk);
+    served(Guest::new(disk), features, input);
+}
+
+fn served(mut guest: Guest, features: u64, input: &[u8]) {
     guest.set_up(features);
     let (table, headers) = input.split_at(input.len().min(8 * usize::from(QUEUE_SIZE)));
     for (index, header) in (0_u64..).zip(headers.as_chunks::<4>().0) {

@@ -6,9 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
 
 fn disk() -> Disk {
+    disk_that_is(false)
+}
+
+fn disk_that_is(read_only: bool) -> Disk {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(8192).unwrap();
-    Disk::open(&fuzzing::drive("disk", file.path(), false)).unwrap()
+    Disk::open(&fuzzing::drive("disk", file.path(), read_only)).unwrap()
 }
 
 fn guest() -> Guest {
@@ -207,6 +211,16 @@ fn after_a_reset_nobody_touches_guest_memory_also_while_the_queue_is_served() {
         }
         stop.store(true, Ordering::Relaxed);
     });
+}
+
+#[test]
+fn seeds_of_the_fuzz_targets_are_no_findings() {
+    for seed in crate::fuzz_seeds::of("virtio_registers") {
+        fuzzing::registers(disk(), &seed);
+    }
+    for seed in crate::fuzz_seeds::of("virtio_block_requests") {
+        fuzzing::any_requests(disk_that_is, &seed);
+    }
 }
 
 proptest! {
