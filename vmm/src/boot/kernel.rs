@@ -317,6 +317,10 @@ where
     if header.version < PROTOCOL_2_10 || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(KernelError::No64BitEntry);
     }
+    let entry = loaded.kernel_load.0 + BZIMAGE_ENTRY_64;
+    if entry >= loaded.kernel_end {
+        return Err(KernelError::EntryOutside { entry });
+    }
     // It unpacks itself to where it wants to be and needs that much there.
     let unpacked = { header.pref_address }
         .max(loaded.kernel_load.0)
@@ -324,7 +328,7 @@ where
     let end = loaded.kernel_end.max(unpacked);
     fits(end, mem_size_bytes)?;
     Ok(Kernel {
-        entry: loaded.kernel_load.0 + BZIMAGE_ENTRY_64,
+        entry,
         end,
         header: Some(header),
     })
@@ -415,6 +419,7 @@ mod tests {
             loaded(&arm),
             Err(KernelError::WrongMachine { machine: 183, .. })
         ));
+        // See also the seed `bzimage-that-ends-before-its-entry` of the fuzz target.
         let outside = elf(HIMEM_ADDRESS + 8, HIMEM_ADDRESS, 8);
         assert!(matches!(
             loaded(&outside),
