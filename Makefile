@@ -12,7 +12,7 @@ TEST_ARGS ?=
 export DEMO_ARGS TEST_THREADS TEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help density density-quick demo test test-loom test-deep lint guest build clean
+.PHONY: help density density-quick demo test test-loom test-deep miri lint guest build clean
 
 help: ## List the targets
 	@echo 'Targets:'
@@ -38,6 +38,9 @@ test-loom: ## Run only the models of the shutdown protocol and their mutants (pa
 
 test-deep: ## Run the models with more preemptions, and 200,000 random histories of the engine
 	@$(STEPS) test-deep packages loom random
+
+miri: ## Run tests of the pure modules of dedup under Miri, which needs a nightly toolchain (some minutes)
+	@$(STEPS) miri packages miri
 
 lint: ## Run only the checks that need no guest: format, lints, documents, house rules
 	@$(STEPS) lint packages format lints docs house
