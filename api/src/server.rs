@@ -42,7 +42,7 @@ const DISCARD_MAX_BYTES: u64 = 16 << 20;
 const DISCARD_MAX_TIME: Duration = Duration::from_secs(2);
 
 /// How long the end of all VMs may take when the server stops; what has not ended then ends with the
-/// process. With [`FAREWELL_TIME`] and the last wait of `main` it makes 20 s.
+/// process. With `FAREWELL_TIME` and the last wait of `main` it makes 20 s.
 pub const CLOSE_TIME: Duration = Duration::from_secs(15);
 /// How long open connections may take to finish when the server stops. Nothing else of its end
 /// waits for a client.
