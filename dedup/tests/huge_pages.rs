@@ -20,18 +20,33 @@ fn deadline() -> Instant {
 
 /// A huge page whose first `equal_pages` pages are those of every other such, and the rest its own.
 fn huge_page(region: u64, equal_pages: usize) -> Mapping {
-    let mapping = Mapping::with_huge_pages(HUGE_PAGE_PAGES * PAGE_SIZE_BYTES)
-        .expect("address space is there");
-    for page in 0..HUGE_PAGE_PAGES {
+    huge_pages(1, |page| {
         let owner = if page < equal_pages { 0 } else { region };
-        write_page(&mapping, page, 1 + page as u64 + 1000 * owner);
+        1 + page as u64 + 1000 * owner
+    })
+}
+
+/// Memory in huge pages alone, with a content for each page of 4 KiB.
+///
+/// The kernel gives base pages while its free memory is in pieces. It puts some together for each
+/// try, and tries less often after each failure: a host with a full page cache needs many.
+fn huge_pages(count: usize, content: impl Fn(usize) -> u64) -> Mapping {
+    let until = deadline();
+    loop {
+        let mapping = Mapping::with_huge_pages(count * HUGE_PAGE_PAGES * PAGE_SIZE_BYTES)
+            .expect("address space is there");
+        for page in 0..count * HUGE_PAGE_PAGES {
+            write_page(&mapping, page, content(page));
+        }
+        // At least: mappings of other tests may adjoin, and be one with it for the kernel.
+        if huge_bytes(&mapping) >= mapping.size_bytes() {
+            return mapping;
+        }
+        assert!(
+            Instant::now() < until,
+            "this test needs transparent huge pages (/sys/kernel/mm/transparent_hugepage/enabled: madvise or always)"
+        );
     }
-    // At least: mappings of other tests may adjoin, and be one with it for the kernel.
-    assert!(
-        huge_bytes(&mapping) >= HUGE_PAGE_PAGES * PAGE_SIZE_BYTES,
-        "this test needs transparent huge pages (/sys/kernel/mm/transparent_hugepage/enabled: madvise or always)"
-    );
-    mapping
 }
 
 /// Two regions of one huge page each, after merging.
@@ -147,12 +162,7 @@ fn pages_that_were_too_few_count_when_more_become_equal() {
 
 /// A region of two huge pages, of contents that no other has.
 fn two_huge_pages(region: u64) -> Mapping {
-    let mapping = Mapping::with_huge_pages(2 * HUGE_PAGE_PAGES * PAGE_SIZE_BYTES)
-        .expect("address space is there");
-    for page in 0..2 * HUGE_PAGE_PAGES {
-        write_page(&mapping, page, 1_000_000 * region + page as u64);
-    }
-    mapping
+    huge_pages(2, |page| 1_000_000 * region + page as u64)
 }
 
 #[test]
