@@ -26,17 +26,19 @@ pub(crate) enum Residency {
     Swapped,
 }
 
-/// A range of pages, and the page of the pool that the first of them is to be mapped to.
-pub(crate) type Part = (PageRange, PoolPage);
-
 /// The memory of one region.
 ///
 /// All methods may be called while guests read and write the region. Writers of a protected page
-/// wait; readers do so only where [`Backing::share`] says it, so each change of what a page shows
-/// must be one step for them.
+/// wait, and readers never do, so each change of what a page shows must be one step for them.
+///
+/// Three calls change what lies behind a page: [`Backing::discard`], [`Backing::map`] and
+/// [`Backing::replace`].
 pub(crate) trait Backing: Send + Sync + 'static {
     /// Where stable pages live.
     type Pool: Pool;
+
+    /// A range that is being built where nobody looks, to be put in the place of a region's.
+    type Staging: std::fmt::Debug;
 
     /// Number of pages of the region.
     fn pages(&self) -> u32;
@@ -70,52 +72,50 @@ pub(crate) trait Backing: Send + Sync + 'static {
     /// The guest may be writing to them, and an exit may free them, which makes them zeros.
     fn fill(&self, range: PageRange, pool: &Self::Pool, first: PoolPage) -> io::Result<()>;
 
-    /// Stops writers of `range` until [`Backing::release`]. `remapped` tells that part of it was
-    /// mapped anew since it was last protected, so that it must be registered again.
-    fn protect(&self, range: PageRange, remapped: bool) -> io::Result<()>;
+    /// Stops writers of `range` until [`Backing::release`].
+    fn protect(&self, range: PageRange) -> io::Result<()>;
 
-    /// Lets writers of `range` go on with what they find there now. `remapped` as for
-    /// [`Backing::protect`].
+    /// Lets writers of `range` go on with what they find there now. `remapped` tells that a part of
+    /// it was mapped anew meanwhile.
     fn release(&self, range: PageRange, remapped: bool);
 
-    /// Maps the pool's pages from a first one on over each of `parts` of a protected range, which
-    /// ascend. Their writers wait on. Of several parts, none of which may lie in a mapping of the
-    /// pool, readers may wait too, until the release.
-    ///
-    /// Returns how many parts it did, as [`Backing::uncover`]; the others are as they were.
-    fn share(&self, pool: &Self::Pool, parts: &[Part]) -> io::Result<usize>;
-
-    /// Maps the pool's pages from `first` on over `range` in one step, but for those of `own`, parts
-    /// of it in ascending order: they keep what they show, as private pages over places of the pool
-    /// that are not looked at. Writers of the range wait until it is done. If it fails, all is as it
-    /// was.
-    fn bridge(
-        &self,
-        pool: &Self::Pool,
-        range: PageRange,
-        first: PoolPage,
-        own: &[PageRange],
-    ) -> io::Result<()>;
-
-    /// Drops the private copies over the pool pages that `parts` are mapped to, which hold the
-    /// same. Their writers wait on. Costs no VMA, unlike [`Backing::share`].
+    /// Drops the private copies of the pages of `parts`, which hold what will show instead: the page
+    /// of the pool that they are mapped to, or zeros if they are mapped to none. Their writers wait
+    /// on. Costs no VMA.
     ///
     /// As a `write` may take fewer bytes than it is given, this may do fewer parts: it returns how
     /// many from the first on, at least one, and fails only for the first. Never called with none.
-    fn uncover(&self, parts: &[PageRange]) -> io::Result<usize>;
+    fn discard(&self, parts: &[PageRange]) -> io::Result<usize>;
 
-    /// Puts one private mapping over `range`, in one step, with a copy of what each page shows.
-    /// `under` tells for each page whether it is mapped to the pool: of the others, those without
-    /// memory stay so. Its writers wait on.
-    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()>;
+    /// Maps the pool's pages from `first` on over `range`, which hold the same. Its writers wait on.
+    fn map(&self, pool: &Self::Pool, range: PageRange, first: PoolPage) -> io::Result<()>;
 
-    /// Gives back the pages of `parts`, which hold zeros and are not mapped to the pool. Their
-    /// writers wait on. Returns how many parts it did, as [`Backing::uncover`].
-    fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize>;
+    /// Begins to build what is to replace `range`: a mapping of the pool from `under` on, or of
+    /// nothing. Until told otherwise its pages show the pool's, or zeros.
+    fn stage(
+        &self,
+        pool: &Self::Pool,
+        range: PageRange,
+        under: Option<PoolPage>,
+    ) -> io::Result<Self::Staging>;
 
-    /// Gives back the pages of `range`, which hold zeros and are mapped to the pool, where dropping
-    /// them would uncover a pool page. Its writers wait on.
-    fn unmap_zeros(&self, range: PageRange) -> io::Result<()>;
+    /// Puts private copies of `pages` into the staging, where nothing was put yet. The guest may be
+    /// writing to them.
+    fn stage_copies(&self, staging: &Self::Staging, pages: PageRange) -> io::Result<()>;
+
+    /// Has `pages` show zeros in the staging, where nothing was put yet, whatever the pool holds there
+    /// now or later.
+    fn stage_zeros(&self, staging: &Self::Staging, pages: PageRange) -> io::Result<()>;
+
+    /// Takes back what was put into the staging for a page.
+    fn unstage(&self, staging: &Self::Staging, page: u32) -> io::Result<()>;
+
+    /// Whether a page shows the same bytes as the copy of it in the staging.
+    fn equals_staged(&self, staging: &Self::Staging, page: u32) -> bool;
+
+    /// Puts a staging in the place of its range, in one step. The range is protected and shows the
+    /// same. If it fails, all is as it was.
+    fn replace(&self, staging: Self::Staging) -> io::Result<()>;
 
     /// Gives every page of `range` a private copy of what it shows, as a write by the guest would.
     fn unshare(&self, range: PageRange) -> io::Result<()>;

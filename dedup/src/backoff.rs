@@ -18,6 +18,10 @@ pub(crate) const INTERVAL: Duration = Duration::from_millis(50);
 /// Intervals that a merge in a watched region must last: 10 s.
 pub(crate) const WORTH: u16 = 200;
 
+/// Intervals that a page of a watched region must have been calm for before it gets a mapping of its
+/// own: 10 s. Guests that boot together come to hold the same at the same places in that time.
+pub(crate) const MAP_AFTER: u16 = WORTH;
+
 /// Highest age: 512 intervals, 26 s, until the next try. Four times that is still told apart from
 /// a wrapped stamp.
 const AGE_MAX: u8 = 9;
@@ -76,7 +80,7 @@ impl Backoff {
 
     /// Intervals since the stamp; a page not looked at for 4096 of them seems younger, which
     /// costs it one wait.
-    fn elapsed(self, now: Interval) -> u16 {
+    pub(crate) fn elapsed(self, now: Interval) -> u16 {
         now.stamp().wrapping_sub(self.stamp) & STAMP_MASK
     }
 

@@ -163,6 +163,8 @@ pub(crate) struct Watch {
     waiting: PageSet,
     /// Pages that the last look did not ask for.
     ignored: PageSet,
+    /// Pages that equal one at another place, and are to be mapped there once they were calm for long.
+    pub(crate) to_map: PageSet,
 }
 
 /// Pages of a block of [`Watch`]: a bit for each page would be more than the blocks' search costs.
@@ -178,15 +180,14 @@ impl Watch {
             pending,
             waiting: PageSet::new(pages.div_ceil(BLOCK_PAGES)),
             ignored: PageSet::new(pages),
+            to_map: PageSet::new(pages),
         }
     }
 
     /// Bytes that the sets take.
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        [&self.dirty, &self.pending, &self.waiting, &self.ignored]
-            .map(PageSet::metadata_bytes)
-            .iter()
-            .sum()
+        let by_page = [&self.dirty, &self.pending, &self.ignored, &self.to_map];
+        by_page.map(PageSet::metadata_bytes).iter().sum::<u64>() + self.waiting.metadata_bytes()
     }
 
     /// Pages to be looked at: dirty ones, and the others.
@@ -234,8 +235,7 @@ impl Watch {
             let first = block * BLOCK_PAGES;
             let mut is_waiting = false;
             for page in first..self.pending.pages().min(first + BLOCK_PAGES) {
-                let is_put_off = matches!(items.state(page), PageState::Volatile { .. });
-                if !is_put_off || self.pending.contains(page) {
+                if !items.state(page).is_volatile() || self.pending.contains(page) {
                     continue;
                 }
                 let backoff = items.backoff(page);
@@ -253,6 +253,21 @@ impl Watch {
             }
         }
         ignored
+    }
+
+    /// Has pages that are to be mapped elsewhere looked at if they were calm for so many intervals.
+    pub(crate) fn release_to_map(&mut self, items: &Items, intervals: u16) {
+        let pages: Vec<u32> = self.to_map.iter_in(0..self.to_map.pages()).collect();
+        for page in pages {
+            let is_open = matches!(items.state(page), PageState::Unshared { .. });
+            if is_open && items.backoff(page).elapsed(items.now) < intervals {
+                continue;
+            }
+            self.to_map.remove(page);
+            if is_open {
+                self.pending.insert(page);
+            }
+        }
     }
 
     /// The first page to be looked at from `page` on.

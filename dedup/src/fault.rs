@@ -4,19 +4,16 @@
 //! | point | fails |
 //! |---|---|
 //! | `memfd` | making the pool |
-//! | `mmap` | mapping pool pages, or anonymous memory, over a range |
+//! | `mmap` | mapping pool pages over a range |
 //! | `unmapped` | mapping or moving something over a range, but only once what was there is gone, as the kernel may |
-//! | `madvise` | dropping pages that are zeros or uncover the pool; making private copies |
+//! | `madvise` | dropping pages that are zeros or lie over an equal page of the pool; making private copies |
 //! | `register` | taking a region on for write protection |
 //! | `userfaultfd` | protecting |
 //! | `register_again` | registering what was mapped anew in a range that is about to be released |
 //! | `release` | releasing a range as a whole; never page by page, which cannot fail on a page that was protected |
 //! | `pool_write` | getting memory for a pool page |
-//! | `window` | mapping a huge page of the pool to store to it |
-//! | `mremap` | healing a block |
-//! | `bridge`, `bridge_move` | mapping pool pages around pages that are not shared: at once, or once those were copied |
-//! | `put_back` | putting copies in place of pages that were taken away, for which mapping failed |
-//! | `disarm` | letting whoever comes to a page without memory find zeros again |
+//! | `stage`, `stage_copies`, `stage_zeros` | building a range aside: the mapping, copies in it, zeros in it |
+//! | `mremap` | putting what was built aside in place |
 //! | `fallocate` | punching pages out of the pool |
 //! | `pagemap` | asking what lies behind pages |
 

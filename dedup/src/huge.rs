@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 
 use crate::backing::Backing;
 use crate::item::PageState;
-use crate::page::{HUGE_PAGE_PAGES, PageRange};
+use crate::layouts::block_of;
+use crate::page::HUGE_PAGE_PAGES;
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 use crate::visit::Plan;
@@ -17,12 +18,6 @@ use crate::visit::Plan;
 /// otherwise: half of it must come back.
 pub(crate) const HUGE_PAGE_SHARED_PAGES_MIN: u32 = HUGE_PAGE_PAGES / 2;
 
-/// The huge page, or what would be one, that a page lies in.
-pub(crate) fn block_of(page: u32) -> PageRange {
-    let start = page / HUGE_PAGE_PAGES * HUGE_PAGE_PAGES;
-    start..start + HUGE_PAGE_PAGES
-}
-
 impl<B: Backing> Scanner<B> {
     /// Makes the planned pages ready to be merged one by one: splits the huge page they are part
     /// of, or leaves them out if they are too few. A plan is about one block.
@@ -30,25 +25,26 @@ impl<B: Backing> Scanner<B> {
         let Some(page) = plan.pages().next() else {
             return;
         };
-        if !self.has_huge_page(inside, &block_of(page)) {
+        if !self.has_huge_page(inside, page) {
             return;
         }
         if plan.pages().count() < self.huge_page_shared_pages_min as usize {
-            self.plan_left_out(inside, &block_of(page), plan);
+            self.plan_left_out(inside, page, plan);
+            self.find_equals(inside, plan);
         }
-        let is_whole = [plan.guessed.len(), plan.pairs.len()].contains(&(HUGE_PAGE_PAGES as usize));
         if plan.pages().count() < self.huge_page_shared_pages_min as usize {
             self.leave_whole(inside.region.id(), plan);
-        } else if !is_whole {
+        } else if plan.base.is_none() {
+            // A block that is based is replaced as a whole.
             self.split(inside, page);
         }
     }
 
     /// Plans the rest of a block's calm pages too: those left out before count towards what it is
     /// worth now. A guest that fills its memory bit by bit would never share any of it otherwise.
-    fn plan_left_out(&mut self, inside: &Entered<'_, B>, block: &PageRange, plan: &mut Plan) {
+    fn plan_left_out(&mut self, inside: &Entered<'_, B>, page: u32, plan: &mut Plan) {
         let planned: BTreeSet<u32> = plan.pages().collect();
-        for page in block.start..block.end.min(inside.backing().pages()) {
+        for page in block_of(page, inside.backing().pages()) {
             let state = self.items(inside.region.id()).state(page);
             if !matches!(state, PageState::Unshared { .. }) || planned.contains(&page) {
                 continue;
@@ -60,46 +56,29 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
-    /// Whether `count` pages of a region, all in `pages`, may be merged for the sake of another region.
-    /// Splits the huge page they are part of, if they are enough and not all of it.
-    pub(crate) fn split_for_partners(
-        &self,
-        partner: &Entered<'_, B>,
-        pages: &PageRange,
-        count: usize,
-    ) -> bool {
-        if !self.has_huge_page(partner, pages) {
-            return true;
+    /// Splits the huge page that a page is part of, if it is of one.
+    pub(crate) fn split_if_huge(&self, inside: &Entered<'_, B>, page: u32) {
+        if self.has_huge_page(inside, page) {
+            self.split(inside, page);
         }
-        // Fewer may still be merged when their own region is visited, together with the rest.
-        let is_enough = count >= self.huge_page_shared_pages_min as usize;
-        if is_enough && count < HUGE_PAGE_PAGES as usize {
-            self.split(partner, pages.start);
-        }
-        is_enough
     }
 
-    fn has_huge_page(&self, inside: &Entered<'_, B>, range: &PageRange) -> bool {
-        let range = range.start..range.end.min(inside.backing().pages());
-        inside
-            .backing()
-            .has_huge_page(range)
-            .unwrap_or_else(|error| {
-                log::warn!(
-                    "cannot look for huge pages in region {}: {error}",
-                    inside.region.id().0
-                );
-                false
-            })
+    /// Whether there is a huge page in the block of a page.
+    fn has_huge_page(&self, inside: &Entered<'_, B>, page: u32) -> bool {
+        let block = block_of(page, inside.backing().pages());
+        let has = inside.backing().has_huge_page(block);
+        has.unwrap_or_else(|error| {
+            let id = inside.region.id().0;
+            log::warn!("cannot look for huge pages in region {id}: {error}");
+            false
+        })
     }
 
     fn split(&self, inside: &Entered<'_, B>, page: u32) {
         if let Err(error) = inside.backing().split_huge_page(page) {
             // Pinned, as a rule. Merging is right all the same, and memory comes back later.
-            log::debug!(
-                "cannot split a huge page of region {}: {error}",
-                inside.region.id().0
-            );
+            let id = inside.region.id().0;
+            log::debug!("cannot split a huge page of region {id}: {error}");
         }
     }
 
@@ -108,6 +87,9 @@ impl<B: Backing> Scanner<B> {
     /// another look.
     fn leave_whole(&mut self, id: RegionId, plan: &mut Plan) {
         let plan = std::mem::take(plan);
+        if let Some(first) = plan.base {
+            self.stable.layouts.drop_if_unused(first);
+        }
         for pair in &plan.pairs {
             let watched = self.pending(pair.partner).is_some();
             let partner = (pair.partner, pair.partner_page);

@@ -20,13 +20,24 @@ pub(crate) const POOL_PAGES_MAX: u32 = 1 << 27;
 pub(crate) enum PageState {
     /// Never visited, or absent at the last visit: no item in KSM's terms.
     Untracked,
+    /// It got memory of its own from the engine, and nothing else is known of it.
+    Private,
+    /// Its region's source named it, and nobody looked at it since. It may have been read only, and show
+    /// the kernel's zero page.
+    Dirty,
     /// Its content differed from the visit before, or it was seen once only (`pages_volatile`).
     Volatile {
-        /// Of the content at the last visit.
+        /// Of the content at the last visit; 0 if it was not read.
         checksum: u32,
     },
     /// Calm, and nothing equal was found in the current pass (`pages_unshared`).
     Unshared {
+        /// Of the content at the last visit.
+        checksum: u32,
+    },
+    /// Calm, and equal to another page, but not worth a mapping of its own as long as so many are in
+    /// use (`pages_over_vma_budget`).
+    LeftOut {
         /// Of the content at the last visit.
         checksum: u32,
     },
@@ -37,12 +48,26 @@ pub(crate) enum PageState {
 }
 
 impl PageState {
-    /// Whether the page is the guest's own, with memory of its own, as far as it is known.
-    pub(crate) fn is_own(self) -> bool {
+    /// Whether the page has memory of its own for sure, which it keeps until it is merged.
+    pub(crate) fn is_private(self) -> bool {
+        use PageState::{LeftOut, Private, Unshared, Volatile};
         matches!(
             self,
-            PageState::Volatile { .. } | PageState::Unshared { .. }
+            Private | Volatile { .. } | Unshared { .. } | LeftOut { .. }
         )
+    }
+
+    /// Whether the page counts as one that changed since the visit before.
+    pub(crate) fn is_volatile(self) -> bool {
+        matches!(self, PageState::Volatile { .. } | PageState::Dirty)
+    }
+
+    /// The checksum of a calm page's content, if it has memory of its own.
+    pub(crate) fn calm_checksum(self) -> Option<u32> {
+        match self {
+            PageState::Unshared { checksum } | PageState::LeftOut { checksum } => Some(checksum),
+            _ => None,
+        }
     }
 }
 
@@ -60,6 +85,9 @@ impl Item {
             1 => PageState::Volatile { checksum },
             2 => PageState::Unshared { checksum },
             3 => PageState::Zero,
+            5 => PageState::LeftOut { checksum },
+            6 => PageState::Private,
+            7 => PageState::Dirty,
             _ => PageState::Stable(self.pool_page()),
         }
     }
@@ -72,6 +100,9 @@ impl Item {
             PageState::Unshared { checksum } => (2, checksum),
             PageState::Zero => (3, 0),
             PageState::Stable(_) => (4u64, 0),
+            PageState::LeftOut { checksum } => (5, checksum),
+            PageState::Private => (6, 0),
+            PageState::Dirty => (7, 0),
         };
         let mapped = match state {
             PageState::Stable(page) => self.with_pool_page(Some(page)),
@@ -83,17 +114,19 @@ impl Item {
 
     /// As [`Item::with_state`], at a moment: what the change says of how busy the page is.
     pub(crate) fn with_state_at(self, state: PageState, now: Interval, worth: u16) -> Item {
-        use PageState::{Stable, Unshared, Untracked, Volatile, Zero};
+        use PageState::{Dirty, LeftOut, Private, Stable, Unshared, Untracked, Volatile, Zero};
         let before = self.backoff();
         let after = match (self.state(), state) {
-            (_, Untracked) => Backoff::default(),
-            (Stable(_) | Zero, Volatile { .. }) => before.broken(now, worth),
-            (Unshared { .. }, Volatile { .. }) => before.disturbed(now, worth),
-            (Untracked | Volatile { .. }, Volatile { .. }) => before.stirred(now),
+            (_, Untracked | Private) => Backoff::default(),
+            (Stable(_) | Zero, Volatile { .. } | Dirty) => before.broken(now, worth),
+            (Unshared { .. } | LeftOut { .. }, Volatile { .. } | Dirty) => {
+                before.disturbed(now, worth)
+            }
+            (_, Volatile { .. } | Dirty) => before.stirred(now),
             // A partner that was taken for calm long ago is only now worth something.
             (_, Stable(_) | Zero) => before.calmed(now),
-            (Unshared { .. }, Unshared { .. }) => before,
-            (_, Unshared { .. }) => before.calmed(now),
+            (Unshared { .. } | LeftOut { .. }, Unshared { .. } | LeftOut { .. }) => before,
+            (_, Unshared { .. } | LeftOut { .. }) => before.calmed(now),
         };
         self.with_state(state).with_backoff(after)
     }
@@ -119,21 +152,6 @@ impl Item {
             Some(page) => rest | POOL_VMA | u64::from(page.0) << POOL_SHIFT,
             None => rest,
         })
-    }
-
-    /// The page of the pool that is to be tried first, of a page that lies over none.
-    pub(crate) fn hint(self) -> Option<PoolPage> {
-        let page = self.pool_page();
-        (self.0 & POOL_VMA == 0 && page.0 != 0).then_some(page)
-    }
-
-    /// Takes the place of the page under it, so a page that lies over one keeps none. Nor is the pool's
-    /// first page ever one: its number stands for no hint.
-    pub(crate) fn with_hint(self, page: PoolPage) -> Item {
-        if self.0 & POOL_VMA != 0 {
-            return self;
-        }
-        Item(self.0 & !(POOL_MASK << POOL_SHIFT) | u64::from(page.0) << POOL_SHIFT)
     }
 
     fn pool_page(self) -> PoolPage {
@@ -162,8 +180,11 @@ mod tests {
     fn state() -> impl Strategy<Value = PageState> {
         prop_oneof![
             Just(PageState::Untracked),
+            Just(PageState::Private),
+            Just(PageState::Dirty),
             (0..1u32 << 16).prop_map(|checksum| PageState::Volatile { checksum }),
             (0..1u32 << 16).prop_map(|checksum| PageState::Unshared { checksum }),
+            (0..1u32 << 16).prop_map(|checksum| PageState::LeftOut { checksum }),
             Just(PageState::Zero),
             (0..POOL_PAGES_MAX).prop_map(|page| PageState::Stable(PoolPage(page))),
         ]
@@ -191,26 +212,6 @@ mod tests {
                 _ => under,
             };
             prop_assert_eq!(item.pool_page_under(), expected);
-        }
-
-        #[test]
-        fn a_hint_changes_nothing_else_and_goes_with_the_next_mapping(
-            state in state(),
-            under in proptest::option::of((0..POOL_PAGES_MAX).prop_map(PoolPage)),
-            hint in (0..POOL_PAGES_MAX).prop_map(PoolPage),
-            start: bool,
-            backoff: u16,
-        ) {
-            let item = Item::default().with_state(state).with_vma_start(start);
-            let item = item.with_backoff(Backoff::from_bits(backoff));
-            let item = if let PageState::Stable(_) = state { item } else { item.with_pool_page(under) };
-            let hinted = item.with_hint(hint);
-            let may_have = item.pool_page_under().is_none() && hint.0 != 0;
-            prop_assert_eq!(hinted.hint(), may_have.then_some(hint));
-            prop_assert_eq!(hinted.state(), item.state());
-            prop_assert_eq!(hinted.pool_page_under(), item.pool_page_under());
-            prop_assert_eq!((hinted.starts_vma(), hinted.backoff()), (start, item.backoff()));
-            prop_assert_eq!(hinted.with_pool_page(None).hint(), None);
         }
     }
 

@@ -9,6 +9,7 @@ use crate::page::{HUGE_PAGE_PAGES, PageRange, PoolPage};
 pub(crate) struct StateCounts {
     pub(crate) volatile_pages: u32,
     pub(crate) unshared_pages: u32,
+    pub(crate) left_out_pages: u32,
     pub(crate) zero_pages: u32,
     pub(crate) stable_pages: u32,
 }
@@ -16,9 +17,10 @@ pub(crate) struct StateCounts {
 impl StateCounts {
     fn of(&mut self, state: PageState) -> Option<&mut u32> {
         match state {
-            PageState::Untracked => None,
-            PageState::Volatile { .. } => Some(&mut self.volatile_pages),
+            PageState::Untracked | PageState::Private => None,
+            PageState::Volatile { .. } | PageState::Dirty => Some(&mut self.volatile_pages),
             PageState::Unshared { .. } => Some(&mut self.unshared_pages),
+            PageState::LeftOut { .. } => Some(&mut self.left_out_pages),
             PageState::Zero => Some(&mut self.zero_pages),
             PageState::Stable(_) => Some(&mut self.stable_pages),
         }
@@ -26,7 +28,12 @@ impl StateCounts {
 }
 
 /// The items of one block of 512 pages.
-type Block = [Item; HUGE_PAGE_PAGES as usize];
+#[derive(Debug)]
+struct Block {
+    items: [Item; HUGE_PAGE_PAGES as usize],
+    /// The block of places that the whole of it was mapped to last.
+    base: Option<PoolPage>,
+}
 
 /// The items of one region. Only the holder of the worker mutex touches them. A block that nothing is
 /// known of takes a pointer.
@@ -81,10 +88,15 @@ impl Items {
         self.blocks[(page / HUGE_PAGE_PAGES) as usize].as_deref()
     }
 
+    /// Whether anything is known of the block that a page lies in.
+    pub(crate) fn knows_block(&self, page: u32) -> bool {
+        page < self.pages && self.block(page).is_some()
+    }
+
     fn item(&self, page: u32) -> Item {
         assert!(page < self.pages, "page {page} of {}", self.pages);
         match self.block(page) {
-            Some(block) => block[(page % HUGE_PAGE_PAGES) as usize],
+            Some(block) => block.items[(page % HUGE_PAGE_PAGES) as usize],
             None => Item::default().with_vma_start(page == 0),
         }
     }
@@ -96,9 +108,9 @@ impl Items {
             *known_blocks += 1;
             let mut items = [Item::default(); HUGE_PAGE_PAGES as usize];
             items[0] = items[0].with_vma_start(page < HUGE_PAGE_PAGES);
-            Box::new(items)
+            Box::new(Block { items, base: None })
         });
-        &mut block[(page % HUGE_PAGE_PAGES) as usize]
+        &mut block.items[(page % HUGE_PAGE_PAGES) as usize]
     }
 
     fn items_in(&self, range: &PageRange) -> impl Iterator<Item = Item> {
@@ -107,6 +119,19 @@ impl Items {
 
     pub(crate) fn state(&self, page: u32) -> PageState {
         self.item(page).state()
+    }
+
+    /// The block of places that a page's block was based on last. It may be gone since, or another's.
+    pub(crate) fn base(&self, page: u32) -> Option<PoolPage> {
+        self.block(page)?.base
+    }
+
+    /// Records that a page's block is mapped to a block of places as a whole, or to none.
+    pub(crate) fn set_base(&mut self, page: u32, base: Option<PoolPage>) {
+        self.item_mut(page);
+        if let Some(block) = &mut self.blocks[(page / HUGE_PAGE_PAGES) as usize] {
+            block.base = base;
+        }
     }
 
     pub(crate) fn in_pool_vma(&self, page: u32) -> bool {
@@ -118,20 +143,10 @@ impl Items {
         self.item(page).pool_page_under()
     }
 
-    /// Whether any page of the range lies in a mapping of the pool.
-    pub(crate) fn any_in_pool_vma(&self, range: &PageRange) -> bool {
-        self.items_in(range)
-            .any(|item| item.pool_page_under().is_some())
-    }
-
-    /// The page of the pool that is to be tried first for a page that lies over none.
-    pub(crate) fn hint(&self, page: u32) -> Option<PoolPage> {
-        self.item(page).hint()
-    }
-
-    pub(crate) fn set_hint(&mut self, page: u32, hint: PoolPage) {
-        let item = self.item_mut(page);
-        *item = item.with_hint(hint);
+    /// Whether a page lies over a place and may show the kernel's zero page there, which goes when the
+    /// place is punched.
+    pub(crate) fn may_show_zeros(&self, page: u32) -> bool {
+        self.in_pool_vma(page) && !self.state(page).is_private()
     }
 
     pub(crate) fn set_state(&mut self, page: u32, state: PageState) {
@@ -197,7 +212,7 @@ impl Items {
     fn known_pages(&self) -> impl Iterator<Item = (u32, Item)> {
         let blocks = (0u32..).step_by(HUGE_PAGE_PAGES as usize).zip(&self.blocks);
         let known = blocks.filter_map(|(first, block)| Some((first, block.as_deref()?)));
-        known.flat_map(|(first, block)| (first..self.pages).zip(*block))
+        known.flat_map(|(first, block)| (first..self.pages).zip(block.items))
     }
 
     /// Pages that are mapped to a stable page, with that page.
@@ -207,6 +222,12 @@ impl Items {
                 PageState::Stable(pool_page) => Some((page, pool_page)),
                 _ => None,
             })
+    }
+
+    /// Pages of the pool that pages are mapped to, written over or not.
+    pub(crate) fn all_under(&self) -> impl Iterator<Item = PoolPage> {
+        self.known_pages()
+            .filter_map(|(_, item)| item.pool_page_under())
     }
 
     /// Whether the page was merged by the engine: shared, or dropped as zero.
@@ -230,7 +251,7 @@ mod tests {
     proptest! {
         #[test]
         fn counts_and_vmas_equal_a_recount(
-            steps in proptest::collection::vec((HUGE_PAGE_PAGES - 40..PAGES, 1..8u32, 0..5u8, any::<bool>()), 1..200)
+            steps in proptest::collection::vec((HUGE_PAGE_PAGES - 40..PAGES, 1..8u32, 0..6u8, any::<bool>()), 1..200)
         ) {
             let mut items = Items::new(PAGES);
             for (page, len, kind, pool) in steps {
@@ -239,6 +260,7 @@ mod tests {
                     1 => PageState::Volatile { checksum: page },
                     2 => PageState::Unshared { checksum: page },
                     3 => PageState::Zero,
+                    4 => PageState::LeftOut { checksum: page },
                     _ => PageState::Stable(PoolPage(page)),
                 };
                 items.set_state(page, state);
@@ -252,7 +274,10 @@ mod tests {
             prop_assert_eq!(counts.zero_pages, count(|s| s == PageState::Zero));
             prop_assert_eq!(counts.volatile_pages, count(|s| matches!(s, PageState::Volatile { .. })));
             prop_assert_eq!(counts.unshared_pages, count(|s| matches!(s, PageState::Unshared { .. })));
+            prop_assert_eq!(counts.left_out_pages, count(|s| matches!(s, PageState::LeftOut { .. })));
             prop_assert_eq!(items.vmas(), items.vmas_in(&(0..PAGES)));
+            let under = (0..PAGES).filter(|&page| items.in_pool_vma(page)).count();
+            prop_assert_eq!(items.all_under().count(), under);
             prop_assert_eq!(items.stable().count(), counts.stable_pages as usize);
         }
     }
@@ -261,11 +286,9 @@ mod tests {
     fn pages_that_nothing_is_known_of_take_next_to_no_memory() {
         let mut items = Items::new(1 << 28);
         assert!(items.metadata_bytes() <= 4 << 20, "1 TiB");
-        let empty_bytes = items.metadata_bytes();
         items.set_state(77, PageState::Untracked);
-        assert_eq!(items.metadata_bytes(), empty_bytes);
+        assert!(!items.knows_block(77));
         items.set_state(1000, PageState::Zero);
-        assert_eq!(items.metadata_bytes(), empty_bytes + 4096);
-        assert_eq!(items.state(1001), PageState::Untracked);
+        assert!(items.knows_block(513) && !items.knows_block(511) && !items.knows_block(1024));
     }
 }

@@ -9,8 +9,7 @@
 //!
 //! # What is guaranteed
 //! - A merge is invisible: *protect, compare again, swap, wake*. No read returns anything but the
-//!   last write; no write is lost. Writers wait for one group of pages at most, and readers only
-//!   where pages lie alone, as long.
+//!   last write; no write is lost. Writers wait for one group of pages at most, readers never.
 //! - Bytes decide, never hashes.
 //! - A stable page is a fresh copy in the pool, never changes, and is punched out of the pool
 //!   when its last sharer has left.
@@ -40,18 +39,19 @@
 //! | `backoff` | how long a busy page is left alone | pure |
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
 //! | `unstable` | calm pages that found no equal yet | pure |
-//! | `merge`, `found`, `share`, `protected` | protect, compare again, swap, wake | mechanism |
-//! | `zeros` | pages of zeros, given back in groups | mechanism |
+//! | `partners` | where a page finds its equal: at its place, then elsewhere | policy |
+//! | `merge`, `apply`, `protected` | protect, compare again, apply, wake | mechanism |
+//! | `fill` | places get the content that two pages share | mechanism |
+//! | `base` | a block becomes one mapping of a block of places | mechanism |
 //! | `group` | how many pages are protected together | pure |
-//! | `heal` | mappings that are not worth it any more | policy |
 //! | `huge` | which huge pages are split | policy |
-//! | `places` | guesses: who shared last | pure |
 //! | `merge_now` | one region at once, on its caller's thread | protocol |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `budget` | [`MemoryGauge`]; what is promised of the memory that is left | locks |
 //! | `process_memory` | [`ProcessMemory`]: what the process and the pool hold | system calls |
 //! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
-//! | `stable`, `pool_map` | stable pages, free pool pages | pure |
+//! | `layouts` | which places of the pool stand for which guest pages | pure |
+//! | `stable` | stable pages: what the places hold, who shares it | pure |
 //! | `reclaim` | pool pages that nobody shares go back | mechanism |
 //! | `fingerprint`, `keyed` | hash and zero test; maps by hash | pure |
 //! | `racing` | loads from memory that others write to | unsafe |
@@ -82,21 +82,23 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod advisor;
+mod apply;
 mod backing;
 mod backoff;
+mod base;
 mod budget;
 mod control;
 mod dirty;
 mod engine;
 mod fault;
+mod fill;
 mod fingerprint;
-mod found;
 mod group;
-mod heal;
 mod huge;
 mod item;
 mod items;
 mod keyed;
+mod layouts;
 #[expect(
     unsafe_code,
     reason = "maps and unmaps memory, and reads what others write to"
@@ -106,8 +108,7 @@ mod merge;
 mod merge_now;
 mod mutant;
 mod page;
-mod places;
-mod pool_map;
+mod partners;
 mod process_memory;
 mod protected;
 #[expect(unsafe_code, reason = "loads from memory that others write to")]
@@ -116,7 +117,6 @@ mod reclaim;
 mod region;
 mod ring;
 mod scanner;
-mod share;
 mod shared;
 mod stable;
 mod stats;
@@ -128,7 +128,6 @@ mod visit;
 mod watched;
 mod work;
 mod worker;
-mod zeros;
 
 pub use advisor::AdvisorMode;
 pub use budget::{Headroom, MemoryGauge};

@@ -1,7 +1,7 @@
 //! `merge now`: one region scanned at once, for a VM that has just been filled (UPM's idea).
 //!
 //! The caller's own thread scans, in turns with the worker. Nobody knows better than the caller
-//! that the region has calmed, so its pages are looked at twice in a row, with no interval between,
+//! that the region has calmed, so its pages are looked at three times in a row, with no interval between,
 //! and none is put off.
 
 use std::time::{Duration, Instant};
@@ -19,8 +19,8 @@ use crate::sync;
 use crate::work::{Visited, Work};
 
 /// The first look finds what was written to since the last pass; what is left alone between the
-/// first and the second is calm.
-const LOOKS: u32 = 2;
+/// first and the second is calm; what equals a page at another place then is mapped at the third.
+const LOOKS: u32 = 3;
 
 /// What a `merge now` came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

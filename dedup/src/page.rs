@@ -21,7 +21,7 @@ pub type PageBuf = [u64; PAGE_WORDS];
 pub(crate) type PageRange = Range<u32>;
 
 /// Index of a page in the pool; also the name of the stable page that lives there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct PoolPage(pub(crate) u32);
 
 impl PoolPage {

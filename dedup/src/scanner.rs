@@ -4,16 +4,16 @@ use std::sync::Arc as StdArc;
 use std::time::Instant;
 
 use crate::backing::Backing;
-use crate::backoff::{INTERVAL, Intervals};
+use crate::backoff::{INTERVAL, Intervals, MAP_AFTER};
+use crate::base::HEAL_VMAS_MIN;
 use crate::budget::Budget;
 use crate::dirty::{PageSet, Watch};
-use crate::heal::HEAL_VMAS_MIN;
 use crate::huge::HUGE_PAGE_SHARED_PAGES_MIN;
 use crate::item::PageState;
 use crate::items::Items;
 use crate::keyed::RegionMap;
-use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, pages_to_bytes};
-use crate::places::Places;
+use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
+use crate::partners::BASE_PAGES_MIN;
 use crate::region::{Region, RegionId};
 use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
@@ -32,9 +32,11 @@ pub(crate) struct Attached<B> {
 }
 
 impl<B> Attached<B> {
-    fn metadata_bytes(&self) -> u64 {
-        let watch = self.watch.as_ref().map_or(0, Watch::metadata_bytes);
-        self.items.metadata_bytes() + watch
+    /// A calm page is to be mapped elsewhere, but not yet.
+    pub(crate) fn will_map(&mut self, page: u32, checksum: u32) {
+        self.items.set_state(page, PageState::Unshared { checksum });
+        let watch = self.watch.iter_mut();
+        watch.for_each(|watch| watch.to_map.insert(page));
     }
 
     /// Whether a page of the region is calm, found no equal, and was of this checksum when it was
@@ -55,7 +57,6 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) attached: RegionMap<Attached<B>>,
     vmas: u64,
     vma_budget: u64,
-    pages_over_vma_budget: u64,
     pub(crate) pages_scanned: u64,
     pub(crate) pages_skipped: u64,
     pub(crate) intervals: Intervals,
@@ -66,10 +67,10 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) huge_page_shared_pages_min: u32,
     /// Mappings in a block from which on it may be healed.
     pub(crate) heal_vmas_min: u32,
-    /// Who shared last, to guess stable pages by.
-    pub(crate) places: Places,
-    /// Whose pages were last left for a later one to find, to guess partners by.
-    pub(crate) kept_by: Places,
+    /// Pages of a block that must equal their places before it is based.
+    pub(crate) base_pages_min: u32,
+    /// Intervals that a page of a watched region must have been calm for to be mapped elsewhere.
+    pub(crate) map_after: u16,
     /// Where the next sweep of the pool begins.
     pub(crate) sweep_from: PoolPage,
     /// Where a page is copied to, to be hashed.
@@ -83,12 +84,11 @@ impl<B: Backing> Scanner<B> {
         Scanner {
             pool,
             budget: Budget::new(),
-            stable: StablePages::new(),
+            stable: StablePages::default(),
             unstable: Unstable::default(),
             attached: RegionMap::default(),
             vmas: 0,
             vma_budget: u64::from(vma_budget),
-            pages_over_vma_budget: 0,
             pages_scanned: 0,
             pages_skipped: 0,
             intervals: Intervals::new(INTERVAL, Instant::now()),
@@ -96,8 +96,8 @@ impl<B: Backing> Scanner<B> {
             full_scans: 0,
             huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
             heal_vmas_min: HEAL_VMAS_MIN,
-            places: Places::default(),
-            kept_by: Places::default(),
+            base_pages_min: BASE_PAGES_MIN,
+            map_after: MAP_AFTER,
             sweep_from: PoolPage(0),
             scratch: Box::new([0; PAGE_WORDS]),
             changes: 0,
@@ -130,8 +130,12 @@ impl<B: Backing> Scanner<B> {
         for (_, pool_page) in attached.items.stable() {
             self.stable.drop_sharer(pool_page);
         }
+        for pool_page in attached.items.all_under() {
+            self.stable.layouts.unmap(pool_page);
+        }
         self.vmas -= u64::from(attached.items.vmas());
         self.reclaim();
+        self.reclaim_kept(usize::MAX);
     }
 
     pub(crate) fn region(&self, id: RegionId) -> Option<Arc<Region<B>>> {
@@ -164,11 +168,8 @@ impl<B: Backing> Scanner<B> {
 
     /// Has a page of a watched region looked at again as a dirty one.
     pub(crate) fn keep_dirty(&mut self, id: RegionId, page: u32) {
-        let watch = self
-            .attached
-            .get_mut(&id)
-            .and_then(|attached| attached.watch.as_mut());
-        if let Some(watch) = watch {
+        let attached = self.attached(id);
+        if let Some(watch) = attached.and_then(|attached| attached.watch.as_mut()) {
             watch.dirty.insert(page);
         }
     }
@@ -177,12 +178,11 @@ impl<B: Backing> Scanner<B> {
         self.attached.get_mut(&id)
     }
 
-    /// The page of the pool that a page of a region is mapped to, if there is such a page.
-    pub(crate) fn pool_page_at(&self, id: RegionId, page: u32) -> Option<PoolPage> {
-        let items = &self.attached.get(&id)?.items;
-        (page < items.pages())
-            .then(|| items.pool_page_under(page))
-            .flatten()
+    /// A page was given memory of its own, and is to be looked at as any new one.
+    pub(crate) fn note_private(&mut self, id: RegionId, page: u32) {
+        self.items(id).set_state(page, PageState::Private);
+        let pending = self.pending(id).into_iter();
+        pending.for_each(|pending| pending.insert(page));
     }
 
     /// Pages that a pass has to visit.
@@ -217,7 +217,7 @@ impl<B: Backing> Scanner<B> {
 
     /// Whether the VMA budget allows `added` more VMAs for the sake of `pages` pages. The fuller
     /// the budget, the longer a run must be: the cheapest savings are left out first.
-    pub(crate) fn takes_vmas(&mut self, added: i64, pages: u32) -> bool {
+    pub(crate) fn takes_vmas(&self, added: i64, pages: u32) -> bool {
         let wanted = self.vmas.saturating_add_signed(added);
         let percent = wanted.saturating_mul(100) / self.vma_budget.max(1);
         let run_pages_min = match percent {
@@ -226,20 +226,27 @@ impl<B: Backing> Scanner<B> {
             90..97 => 8,
             _ => 32,
         };
-        let allowed = added <= 0 || (wanted <= self.vma_budget && pages >= run_pages_min);
-        if !allowed {
-            self.pages_over_vma_budget += u64::from(pages);
-        }
-        allowed
+        added <= 0 || (wanted <= self.vma_budget && pages >= run_pages_min)
     }
 
     /// Records that `range` of a region is now one mapping of its own.
     pub(crate) fn remap(&mut self, id: RegionId, range: &PageRange, first: Option<PoolPage>) {
         let items = self.items(id);
         let before = items.vmas();
+        let under: Vec<PoolPage> = (range.clone())
+            .filter_map(|page| items.pool_page_under(page))
+            .collect();
         items.remap(range, first);
         let after = items.vmas();
         self.vmas = self.vmas + u64::from(after) - u64::from(before);
+        // Before the others go: a block of places must not go in between.
+        if let Some(first) = first {
+            let places = (0..range_pages(range)).map(|page| first.plus(page));
+            places.for_each(|place| self.stable.layouts.map(place));
+        }
+        for pool_page in under {
+            self.stable.layouts.unmap(pool_page);
+        }
     }
 
     /// Publishes a region's counters where its handle reads them without the worker mutex.
@@ -248,14 +255,10 @@ impl<B: Backing> Scanner<B> {
         let counts = items.counts();
         let merged = i64::from(counts.stable_pages) + i64::from(counts.zero_pages);
         let stats = RegionStats {
-            items: [
-                counts.volatile_pages,
-                counts.unshared_pages,
-                counts.stable_pages,
-            ]
-            .map(u64::from)
-            .iter()
-            .sum::<u64>()
+            items: u64::from(counts.volatile_pages)
+                + u64::from(counts.unshared_pages)
+                + u64::from(counts.left_out_pages)
+                + u64::from(counts.stable_pages)
                 + u64::from(counts.zero_pages),
             pages_merging: u64::from(counts.stable_pages),
             pages_zero: u64::from(counts.zero_pages),
@@ -280,7 +283,6 @@ impl<B: Backing> Scanner<B> {
             pages_scanned: self.pages_scanned,
             pages_skipped: self.pages_skipped,
             full_scans: self.full_scans,
-            pages_over_vma_budget: self.pages_over_vma_budget,
             vmas: self.vmas,
             vma_budget: self.vma_budget,
             ..Stats::default()
@@ -291,11 +293,15 @@ impl<B: Backing> Scanner<B> {
             stats.pages_unshared += u64::from(counts.unshared_pages);
             stats.pages_volatile += u64::from(counts.volatile_pages);
             stats.pages_zero += u64::from(counts.zero_pages);
-            metadata_bytes += attached.metadata_bytes();
+            stats.pages_over_vma_budget += u64::from(counts.left_out_pages);
+            let watch = attached.watch.as_ref();
+            metadata_bytes += attached.items.metadata_bytes();
+            metadata_bytes += watch.map_or(0, Watch::metadata_bytes);
         }
         stats.metadata_bytes = metadata_bytes;
-        stats.pool_bytes = stats.pages_shared * pages_to_bytes(1) as u64;
-        let saved = i64::try_from(stats.pages_sharing + stats.pages_zero).unwrap_or(i64::MAX);
+        stats.pool_bytes = self.stable.pool_pages() * pages_to_bytes(1) as u64;
+        let saved = i64::try_from(stats.pages_sharing + stats.pages_zero).unwrap_or(i64::MAX)
+            - i64::try_from(self.stable.kept_pages()).unwrap_or(0);
         let extra_vmas = self.vmas - self.attached.len() as u64;
         stats.saved_bytes = net_bytes(saved, extra_vmas, metadata_bytes);
         stats

@@ -1,53 +1,63 @@
 //! Stable pages: content that is shared, found by fingerprint, counted by sharers.
 
+use std::collections::BTreeSet;
+
 use hashbrown::HashTable;
 
 use crate::fingerprint::Fingerprint;
-use crate::item::POOL_PAGES_MAX;
+use crate::layouts::Layouts;
 use crate::page::PoolPage;
-use crate::pool_map::PoolMap;
 
 /// Pages for which room is made at least when the pool grows.
 const GROWTH_PAGES_MIN: usize = 1024;
 
-/// In place of a count of sharers: a *hole*. It is taken, holds nothing, and costs no memory in the
-/// pool. Pages that lie over it are their guests' own; the first to become stable takes it.
-const HOLE: u32 = u32::MAX;
+/// What one entry of the ordered index takes, in nodes that are three quarters full.
+const REPEATED_BYTES: usize = 24;
 
-/// The stable pages of one domain: KSM's stable tree, as a hash index.
+/// What an entry of the set of kept places takes.
+const KEPT_BYTES: usize = 8;
+
+/// In place of a count of sharers: a place that never held anything. It costs no memory in the pool.
+const EMPTY: u32 = u32::MAX;
+
+/// A place that holds nothing any more. It was punched, or is kept.
+const BARE: u32 = u32::MAX - 1;
+
+/// The stable pages of one domain: KSM's stable tree, as a hash index. Each lies at a place of a
+/// layout. One content may lie at several places: a page for each of them, once in a domain, is
+/// less than a mapping for each page of each guest.
 ///
-/// Two different contents with one fingerprint cannot both be stable; the second stays unshared.
-/// With 64 bits that is a loss of nothing, and never an error: bytes are compared before a merge.
-///
-/// Kept small, because it counts against what is saved: 12 bytes for a stable page, and 5 for its
-/// entry in the index, which names the pool page and finds the fingerprint there.
-#[derive(Debug)]
+/// Kept small, because it counts against what is saved: 12 bytes for a place, and 5 for a stable
+/// page's entry in the index, which names the place and finds the fingerprint there.
+#[derive(Debug, Default)]
 pub(crate) struct StablePages {
-    /// By pool page; meaningless where there are no sharers and none are expected.
+    /// By place; meaningless where there are no sharers and none are expected.
     fingerprints: Vec<Fingerprint>,
-    /// Guest pages that are mapped to each pool page.
+    /// Guest pages that are mapped to each place, [`EMPTY`], [`BARE`], or 0 for a place that is about
+    /// to hold something or to be emptied.
     sharers_of: Vec<u32>,
+    /// One stable page of each content.
     by_fingerprint: HashTable<PoolPage>,
-    map: PoolMap,
+    /// The other ones, by fingerprint: thousands may hold the same, which would make the entries of
+    /// a hash index one long chain.
+    repeated: BTreeSet<(u64, PoolPage)>,
+    /// Which guest pages the places stand for, and who is mapped there.
+    pub(crate) layouts: Layouts,
+    /// Where the places begin that never held anything.
+    used_below: PoolPage,
     /// Pages that lost their last sharer and wait to be punched out of the pool.
     dead: Vec<PoolPage>,
+    /// Bare places that were not punched, because a guest page may show zeros there. Punching takes
+    /// the kernel's zero page away from all who are mapped there (`mm/memory.c`, `zap_present_ptes`),
+    /// and what is filled into the place later would show to them.
+    kept: BTreeSet<PoolPage>,
+    /// Where the next look at some of them begins.
+    kept_from: PoolPage,
     shared_pages: u64,
     sharers: u64,
 }
 
 impl StablePages {
-    pub(crate) fn new() -> StablePages {
-        StablePages {
-            fingerprints: Vec::new(),
-            sharers_of: Vec::new(),
-            by_fingerprint: HashTable::new(),
-            map: PoolMap::new(POOL_PAGES_MAX),
-            dead: Vec::new(),
-            shared_pages: 0,
-            sharers: 0,
-        }
-    }
-
     /// Stable pages in use (`pages_shared`).
     pub(crate) fn shared_pages(&self) -> u64 {
         self.shared_pages
@@ -58,78 +68,65 @@ impl StablePages {
         self.sharers
     }
 
-    pub(crate) fn metadata_bytes(&self) -> u64 {
-        let index = self.by_fingerprint.allocation_size();
-        (self.fingerprints.capacity() * size_of::<Fingerprint>()
-            + self.sharers_of.capacity() * size_of::<u32>()
-            + index) as u64
+    /// Pages of the pool that nobody shares, kept for the sake of guest pages of zeros.
+    pub(crate) fn kept_pages(&self) -> u64 {
+        self.kept.len() as u64
     }
 
+    /// Pages that take memory in the pool.
+    pub(crate) fn pool_pages(&self) -> u64 {
+        self.shared_pages + self.kept_pages()
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        let index = self.by_fingerprint.allocation_size();
+        let repeated = self.repeated.len() * REPEATED_BYTES + self.kept.len() * KEPT_BYTES;
+        (self.fingerprints.capacity() * size_of::<Fingerprint>()
+            + self.sharers_of.capacity() * size_of::<u32>()
+            + index
+            + repeated) as u64
+    }
+
+    /// A stable page of this fingerprint.
     pub(crate) fn find(&self, fingerprint: Fingerprint) -> Option<PoolPage> {
-        let is_it = |&page: &PoolPage| self.fingerprint(page) == fingerprint;
+        let is_it = |&page: &PoolPage| self.fingerprints[page.0 as usize] == fingerprint;
         self.by_fingerprint.find(fingerprint.0, is_it).copied()
     }
 
-    pub(crate) fn fingerprint(&self, page: PoolPage) -> Fingerprint {
-        self.fingerprints[page.0 as usize]
+    /// What a stable page is found by; `None` where nothing is stable.
+    pub(crate) fn fingerprint(&self, page: PoolPage) -> Option<Fingerprint> {
+        (self.sharers_of(page) > 0).then(|| self.fingerprints[page.0 as usize])
     }
 
     /// Guest pages that share a page; none if nothing is stable there.
     pub(crate) fn sharers_of(&self, page: PoolPage) -> u32 {
-        let sharers = self.sharers_of.get(page.0 as usize).copied();
-        sharers.filter(|&sharers| sharers != HOLE).unwrap_or(0)
-    }
-
-    fn is_hole(&self, page: PoolPage) -> bool {
-        self.sharers_of.get(page.0 as usize) == Some(&HOLE)
-    }
-
-    /// Leaves a taken page out: it keeps the distance between its neighbours for those who map all of
-    /// them at once. It comes back when the stable pages next to it, or next to the other holes there,
-    /// are gone. Both ends of a run that was taken must not be holes.
-    pub(crate) fn leave_hole(&mut self, page: PoolPage) {
-        self.sharers_of[page.0 as usize] = HOLE;
-    }
-
-    /// Takes a hole, to be [`StablePages::insert`]ed or [`StablePages::abandon`]ed. False if the page
-    /// is none.
-    pub(crate) fn claim_hole(&mut self, page: PoolPage) -> bool {
-        let is_hole = self.is_hole(page);
-        if is_hole {
-            self.sharers_of[page.0 as usize] = 0;
-        }
-        is_hole
-    }
-
-    /// Gives back the holes that `pages`, neighbours in one direction, begin with, if there is no
-    /// stable page behind them.
-    fn free_holes(&mut self, pages: impl Iterator<Item = u32>) {
-        let mut holes = Vec::new();
-        for page in pages.map(PoolPage) {
-            if self.is_hole(page) {
-                holes.push(page);
-            } else if self.sharers_of(page) > 0 {
-                return;
-            } else {
-                break;
-            }
-        }
-        for hole in holes {
-            self.sharers_of[hole.0 as usize] = 0;
-            self.map.give_back(hole);
+        match self.sharers_of.get(page.0 as usize) {
+            Some(&sharers) if sharers < BARE => sharers,
+            _ => 0,
         }
     }
 
-    /// Takes up to `pages` consecutive free pages of the pool, to be [`StablePages::insert`]ed or
-    /// [`StablePages::abandon`]ed one by one.
-    pub(crate) fn take_run(&mut self, pages: u32) -> Option<(PoolPage, u32)> {
-        let (first, len) = self.map.take_run(pages)?;
-        let end = first.0 as usize + len as usize;
-        self.grow(end);
-        Some((first, len))
+    /// Whether a place could be filled.
+    pub(crate) fn is_empty(&self, place: PoolPage) -> bool {
+        let held = self.sharers_of.get(place.0 as usize);
+        self.layouts.has(place) && matches!(held, None | Some(&(EMPTY | BARE)))
     }
 
-    /// Makes room for pages below `end`, by an eighth at a time: doubling would leave up to half of
+    /// Takes an empty place, to be [`StablePages::insert`]ed or [`StablePages::abandon`]ed. False
+    /// if it is not empty.
+    pub(crate) fn claim(&mut self, place: PoolPage) -> bool {
+        if !self.is_empty(place) {
+            return false;
+        }
+        self.grow(place.0 as usize + 1);
+        self.sharers_of[place.0 as usize] = 0;
+        self.kept.remove(&place);
+        self.used_below = self.used_below.max(place.plus(1));
+        self.layouts.take(place);
+        true
+    }
+
+    /// Makes room for places below `end`, by an eighth at a time: doubling would leave up to half of
     /// the room unused, and it counts against what is saved.
     fn grow(&mut self, end: usize) {
         let len = self.fingerprints.len();
@@ -142,20 +139,42 @@ impl StablePages {
             self.sharers_of.reserve_exact(more);
         }
         self.fingerprints.resize(end, Fingerprint(0));
-        self.sharers_of.resize(end, 0);
+        self.sharers_of.resize(end, EMPTY);
     }
 
-    /// Makes a taken page stable, without sharers yet.
+    /// Makes a claimed place a stable page, without sharers yet.
     pub(crate) fn insert(&mut self, page: PoolPage, fingerprint: Fingerprint) {
         self.fingerprints[page.0 as usize] = fingerprint;
-        self.sharers_of[page.0 as usize] = 0;
-        let fingerprints = &self.fingerprints;
-        let hash = |page: &PoolPage| fingerprints[page.0 as usize].0;
-        self.by_fingerprint.insert_unique(fingerprint.0, page, hash);
+        if self.find(fingerprint).is_some() {
+            self.repeated.insert((fingerprint.0, page));
+        } else {
+            self.index(page, fingerprint);
+        }
         self.shared_pages += 1;
     }
 
-    /// Gives a taken page back to be punched: it never became stable.
+    fn index(&mut self, page: PoolPage, fingerprint: Fingerprint) {
+        let fingerprints = &self.fingerprints;
+        let hash = |page: &PoolPage| fingerprints[page.0 as usize].0;
+        self.by_fingerprint.insert_unique(fingerprint.0, page, hash);
+    }
+
+    fn forget(&mut self, page: PoolPage) {
+        let fingerprint = self.fingerprints[page.0 as usize];
+        let is_it = |&indexed: &PoolPage| indexed == page;
+        let Ok(entry) = self.by_fingerprint.find_entry(fingerprint.0, is_it) else {
+            self.repeated.remove(&(fingerprint.0, page));
+            return;
+        };
+        entry.remove();
+        let same = (fingerprint.0, PoolPage(0))..=(fingerprint.0, PoolPage(u32::MAX));
+        if let Some(&next) = self.repeated.range(same).next() {
+            self.repeated.remove(&next);
+            self.index(next.1, fingerprint);
+        }
+    }
+
+    /// Gives a claimed place back to be punched: it never became stable.
     pub(crate) fn abandon(&mut self, page: PoolPage) {
         self.dead.push(page);
     }
@@ -168,188 +187,225 @@ impl StablePages {
     /// Takes one sharer off; the page dies with its last one.
     pub(crate) fn drop_sharer(&mut self, page: PoolPage) {
         let sharers = &mut self.sharers_of[page.0 as usize];
-        debug_assert!(*sharers > 0, "pool page {} has no sharer to drop", page.0);
+        debug_assert!(
+            *sharers > 0 && *sharers < BARE,
+            "pool page {} has no sharer to drop",
+            page.0
+        );
         *sharers -= 1;
         self.sharers -= 1;
-        self.drop_if_unused(page);
-    }
-
-    fn drop_if_unused(&mut self, page: PoolPage) {
-        if self.sharers_of(page) > 0 {
+        if *sharers > 0 {
             return;
         }
-        let fingerprint = self.fingerprint(page);
-        if let Ok(entry) = self
-            .by_fingerprint
-            .find_entry(fingerprint.0, |&indexed| indexed == page)
-        {
-            entry.remove();
-        }
+        self.forget(page);
         self.shared_pages -= 1;
         self.dead.push(page);
     }
 
-    /// Dead pages as runs, for the caller to punch and then to [`StablePages::reclaim`].
-    pub(crate) fn dead_runs(&mut self) -> Vec<(PoolPage, u32)> {
-        self.dead.sort_unstable();
-        crate::page::runs(&self.dead, usize::MAX, |a, b| a.plus(1) == *b)
-            .map(|run| (run[0], u32::try_from(run.len()).unwrap_or(u32::MAX)))
-            .collect()
+    /// Makes the places of dead pages empty, and returns them as runs, to be punched. Where
+    /// `shows_zeros` tells that a guest page may show zeros there, the content is kept.
+    pub(crate) fn take_dead(
+        &mut self,
+        shows_zeros: impl Fn(PoolPage, u32) -> bool,
+    ) -> Vec<(PoolPage, u32)> {
+        let mut dead = std::mem::take(&mut self.dead);
+        dead.sort_unstable();
+        dead.retain(|&place| {
+            let is_kept = self.is_under_zeros(place, &shows_zeros);
+            self.sharers_of[place.0 as usize] = BARE;
+            self.layouts.give_back(place);
+            if is_kept {
+                self.kept.insert(place);
+            }
+            !is_kept
+        });
+        if self.shared_pages == 0 {
+            self.by_fingerprint = HashTable::new();
+        }
+        self.forget_places();
+        as_runs(&dead)
     }
 
-    /// Up to `runs_max` runs of pages that nobody shares, from `from` on, among those that were ever
-    /// taken. Free pages and holes, if no page is taken that is yet to become stable.
-    pub(crate) fn unused_runs(&self, from: PoolPage, runs_max: usize) -> Vec<(PoolPage, u32)> {
+    /// Looks at up to `places_max` kept places, going on where the last look ended. Returns those over
+    /// which no guest page shows zeros any more, to be punched.
+    pub(crate) fn take_kept(
+        &mut self,
+        places_max: usize,
+        shows_zeros: impl Fn(PoolPage, u32) -> bool,
+    ) -> Vec<(PoolPage, u32)> {
+        let kept = self.kept.range(self.kept_from..);
+        let kept = kept.chain(self.kept.range(..self.kept_from));
+        let mut free: Vec<PoolPage> = kept.take(places_max).copied().collect();
+        self.kept_from = free.last().map_or(PoolPage(0), |last| last.plus(1));
+        free.sort_unstable();
+        free.retain(|&place| !self.is_under_zeros(place, &shows_zeros));
+        for place in &free {
+            self.kept.remove(place);
+        }
+        self.forget_places();
+        as_runs(&free)
+    }
+
+    fn is_under_zeros(
+        &self,
+        place: PoolPage,
+        shows_zeros: &impl Fn(PoolPage, u32) -> bool,
+    ) -> bool {
+        let guest_page = self.layouts.guest_page(place);
+        guest_page.is_some_and(|guest_page| shows_zeros(place, guest_page))
+    }
+
+    fn forget_places(&mut self) {
+        if self.layouts.end() == PoolPage(0) {
+            self.fingerprints = Vec::new();
+            self.sharers_of = Vec::new();
+        }
+    }
+
+    /// Up to `runs_max` runs of places from `from` on that hold nothing, to be punched again. Not those
+    /// over which a guest page may show zeros.
+    pub(crate) fn unused_runs(
+        &self,
+        from: PoolPage,
+        runs_max: usize,
+        shows_zeros: impl Fn(PoolPage, u32) -> bool,
+    ) -> Vec<(PoolPage, u32)> {
         let mut found: Vec<(PoolPage, u32)> = Vec::new();
-        for page in (from.0..self.map.used_below()).map(PoolPage) {
-            if self.sharers_of(page) > 0 {
+        for place in (from.0..self.used_below.0).map(PoolPage) {
+            let is_bare = self.sharers_of.get(place.0 as usize) == Some(&BARE);
+            let is_unused = (is_bare || !self.layouts.has(place))
+                && !self.kept.contains(&place)
+                && !self.is_under_zeros(place, &shows_zeros);
+            if !is_unused {
                 continue;
             }
             if let Some((first, len)) = found.last_mut()
-                && first.plus(*len) == page
+                && first.plus(*len) == place
             {
                 *len += 1;
             } else if found.len() < runs_max {
-                found.push((page, 1));
+                found.push((place, 1));
             } else {
                 break;
             }
         }
         found
     }
+}
 
-    /// Makes the dead pages free for new content.
-    pub(crate) fn reclaim(&mut self) {
-        for page in std::mem::take(&mut self.dead) {
-            self.map.give_back(page);
-            self.free_holes((0..page.0).rev());
-            self.free_holes(page.0 + 1..POOL_PAGES_MAX);
-        }
-        if self.shared_pages == 0 {
-            self.fingerprints = Vec::new();
-            self.sharers_of = Vec::new();
-            self.by_fingerprint = HashTable::new();
-        }
-    }
+/// Ascending places as runs.
+fn as_runs(places: &[PoolPage]) -> Vec<(PoolPage, u32)> {
+    crate::page::runs(places, usize::MAX, |a, b| a.plus(1) == *b)
+        .map(|run| (run[0], u32::try_from(run.len()).unwrap_or(u32::MAX)))
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
+    use crate::page::HUGE_PAGE_PAGES;
+
+    fn with_block() -> (StablePages, PoolPage) {
+        let mut stable = StablePages::default();
+        let first = stable.layouts.add(0).expect("the pool is empty");
+        (stable, first)
+    }
+
+    fn fill(stable: &mut StablePages, place: PoolPage, fingerprint: u64) {
+        assert!(stable.claim(place));
+        stable.insert(place, Fingerprint(fingerprint));
+        stable.add_sharer(place);
+    }
 
     #[test]
-    fn a_page_dies_with_its_last_sharer_and_is_used_again() {
-        let mut stable = StablePages::new();
-        let (page, 1) = stable.take_run(1).unwrap() else {
-            panic!("one page asked for")
-        };
-        stable.insert(page, Fingerprint(42));
-        stable.add_sharer(page);
-        stable.add_sharer(page);
+    fn a_page_dies_with_its_last_sharer_and_its_place_is_filled_again() {
+        let (mut stable, first) = with_block();
+        let place = first.plus(9);
+        fill(&mut stable, place, 42);
+        stable.add_sharer(place);
         assert_eq!((stable.shared_pages(), stable.sharers()), (1, 2));
-        stable.drop_sharer(page);
-        assert_eq!(stable.find(Fingerprint(42)), Some(page));
-        stable.drop_sharer(page);
+        assert!(!stable.claim(place), "it is taken");
+        stable.drop_sharer(place);
+        assert_eq!(stable.find(Fingerprint(42)), Some(place));
+        stable.drop_sharer(place);
         assert_eq!(stable.find(Fingerprint(42)), None);
-        assert_eq!(stable.dead_runs(), [(page, 1)]);
-        stable.reclaim();
-        assert_eq!(stable.take_run(1), Some((page, 1)));
-        assert_eq!((stable.shared_pages(), stable.sharers()), (0, 0));
-    }
-
-    proptest! {
-        #[test]
-        fn holes_come_back_with_the_last_stable_page_beside_them(
-            runs in proptest::collection::vec(proptest::collection::vec(any::<bool>(), 0..9), 1..12),
-            order in any::<u64>(),
-        ) {
-            let mut stable = StablePages::new();
-            let mut inserted = Vec::new();
-            for (name, middle) in (1..).zip(runs) {
-                let is_page: Vec<bool> = [&[true], &middle[..], &[true]].concat();
-                let pages = u32::try_from(is_page.len()).unwrap();
-                let (first, _) = stable.take_run(pages).unwrap();
-                for (page, is_page) in (first.0..).map(PoolPage).zip(is_page) {
-                    if is_page {
-                        stable.insert(page, Fingerprint(name << 32 | u64::from(page.0)));
-                        stable.add_sharer(page);
-                        inserted.push(page);
-                    } else {
-                        stable.leave_hole(page);
-                        prop_assert_eq!(stable.sharers_of(page), 0);
-                    }
-                }
-            }
-            let mut order = order;
-            while !inserted.is_empty() {
-                order = order.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let at = usize::try_from(order >> 33).unwrap() % inserted.len();
-                stable.drop_sharer(inserted.swap_remove(at));
-                if order & 1 << 20 == 0 {
-                    stable.reclaim();
-                    let pages = u32::try_from(stable.sharers_of.len()).unwrap();
-                    for page in (0..pages).map(PoolPage).filter(|&page| stable.is_hole(page)) {
-                        let mut beside = (page.0..pages).map(PoolPage);
-                        let next = beside.find(|&page| !stable.is_hole(page)).unwrap();
-                        let mut beside = (0..page.0).rev().map(PoolPage);
-                        let before = beside.find(|&page| !stable.is_hole(page)).unwrap();
-                        prop_assert!(inserted.contains(&next) || inserted.contains(&before));
-                    }
-                }
-            }
-            stable.reclaim();
-            prop_assert_eq!(stable.take_run(1000), Some((PoolPage(0), 1000)));
-            prop_assert_eq!(stable.map.take_run(1), Some((PoolPage(1000), 1)));
-        }
+        assert!(!stable.claim(place), "it is not punched yet");
+        stable.layouts.map(place);
+        assert_eq!(stable.take_dead(|_, _| false), [(place, 1)]);
+        assert!(stable.claim(place));
+        stable.abandon(place);
+        assert_eq!(stable.take_dead(|_, _| false), [(place, 1)]);
+        assert!(stable.is_empty(place), "a page is still mapped there");
+        stable.layouts.unmap(place);
+        assert!(!stable.is_empty(place), "the block is gone");
     }
 
     #[test]
-    fn a_hole_is_claimed_once_and_dies_like_any_page() {
-        let mut stable = StablePages::new();
-        let (first, _) = stable.take_run(3).unwrap();
-        for page in [first, first.plus(2)] {
-            stable.insert(page, Fingerprint(u64::from(page.0)));
-            stable.add_sharer(page);
+    fn a_content_is_found_for_as_long_as_one_place_holds_it() {
+        let (mut stable, first) = with_block();
+        let places: Vec<PoolPage> = (0..50).map(|page| first.plus(page)).collect();
+        places.iter().for_each(|&place| fill(&mut stable, place, 7));
+        let mut left = places.clone();
+        while let Some(found) = stable.find(Fingerprint(7)) {
+            assert!(left.contains(&found));
+            left.retain(|&place| place != found);
+            stable.drop_sharer(found);
         }
-        let hole = first.plus(1);
-        stable.leave_hole(hole);
-        assert!(stable.claim_hole(hole));
-        assert!(!stable.claim_hole(hole) && !stable.claim_hole(first));
-        stable.insert(hole, Fingerprint(9));
-        stable.add_sharer(hole);
-        stable.drop_sharer(hole);
-        assert_eq!(stable.dead_runs(), [(hole, 1)]);
-        stable.reclaim();
-        assert_eq!(stable.take_run(1), Some((hole, 1)));
+        assert!(left.is_empty(), "{left:?}");
+        assert_eq!(stable.take_dead(|_, _| false), [(first, 50)]);
+        assert_eq!(stable.metadata_bytes(), 0);
     }
 
     #[test]
-    fn unused_pages_are_free_ones_and_holes() {
-        let mut stable = StablePages::new();
-        let (first, _) = stable.take_run(8).unwrap();
+    fn a_place_under_zeros_is_punched_when_nobody_shows_them_any_more() {
+        let (mut stable, first) = with_block();
+        (0..HUGE_PAGE_PAGES).for_each(|page| stable.layouts.map(first.plus(page)));
+        for offset in [0, 3, 4, 6] {
+            fill(&mut stable, first.plus(offset), u64::from(offset));
+        }
         for offset in [0, 3, 4] {
-            stable.insert(first.plus(offset), Fingerprint(u64::from(offset)));
-            stable.add_sharer(first.plus(offset));
+            stable.drop_sharer(first.plus(offset));
         }
-        (1..3).for_each(|offset| stable.leave_hole(first.plus(offset)));
-        (5..8).for_each(|offset| stable.abandon(first.plus(offset)));
-        stable.reclaim();
-        let runs = [(first.plus(1), 2), (first.plus(5), 3)];
-        assert_eq!(stable.unused_runs(first, 9), runs);
-        assert_eq!(stable.unused_runs(first, 1), runs[..1]);
-        assert_eq!(stable.unused_runs(first.plus(3), 9), runs[1..]);
+        let zeros = |_: PoolPage, page: u32| page == 0 || page == 4;
+        assert_eq!(stable.take_dead(zeros), [(first.plus(3), 1)]);
+        assert_eq!((stable.shared_pages(), stable.pool_pages()), (1, 3));
+        assert_eq!(stable.unused_runs(first, 9, zeros), [(first.plus(3), 1)]);
+        assert_eq!(stable.take_kept(9, zeros), []);
+        assert!(stable.claim(first), "it is filled anew");
+        assert_eq!(stable.pool_pages(), 2);
+        let none = |_: PoolPage, _: u32| false;
+        assert_eq!(stable.take_kept(9, none), [(first.plus(4), 1)]);
+        assert_eq!(stable.pool_pages(), 1);
+        assert_eq!(stable.unused_runs(first, 9, none), [(first.plus(3), 2)]);
+    }
+
+    #[test]
+    fn kept_places_are_looked_at_in_turns() {
+        let (mut stable, first) = with_block();
+        (0..HUGE_PAGE_PAGES).for_each(|page| stable.layouts.map(first.plus(page)));
+        for offset in 0..6 {
+            fill(&mut stable, first.plus(offset), u64::from(offset));
+            stable.drop_sharer(first.plus(offset));
+        }
+        assert_eq!(stable.take_dead(|_, _| true), []);
+        let last = |_: PoolPage, page: u32| page != 5;
+        assert_eq!(stable.take_kept(4, last), []);
+        assert_eq!(stable.take_kept(4, last), [(first.plus(5), 1)]);
+        let none = |_: PoolPage, _: u32| false;
+        let runs = [(first, 1), (first.plus(2), 3)];
+        assert_eq!(stable.take_kept(4, none), runs);
+        assert_eq!(stable.take_kept(4, none), [(first.plus(1), 1)]);
+        assert_eq!(stable.kept_pages(), 0);
     }
 
     #[test]
     fn dead_pages_are_punched_as_runs() {
-        let mut stable = StablePages::new();
-        let (first, 4) = stable.take_run(4).unwrap() else {
-            panic!("four pages asked for")
-        };
+        let (mut stable, first) = with_block();
         for offset in [2, 0, 3] {
+            assert!(stable.claim(first.plus(offset)));
             stable.abandon(first.plus(offset));
         }
-        assert_eq!(stable.dead_runs(), [(first, 1), (first.plus(2), 2)]);
+        let runs = stable.take_dead(|_, _| false);
+        assert_eq!(runs, [(first, 1), (first.plus(2), 2)]);
     }
 }

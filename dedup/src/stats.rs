@@ -29,7 +29,7 @@ pub struct Stats {
     pub pages_skipped: u64,
     /// Times that every registered region was scanned; 0 again after an unmerge.
     pub full_scans: u64,
-    /// Merges that were not made for want of VMAs, in pages.
+    /// Calm pages that are equal to others and were not merged for want of VMAs.
     pub pages_over_vma_budget: u64,
     /// System calls of the engine that took the lock on the process's address space for writing:
     /// mapping calls and registrations. Guests' page faults wait for those.

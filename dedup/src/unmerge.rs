@@ -1,16 +1,17 @@
 //! Unmerge: every merged page becomes a private page again.
 //!
 //! The kernel's own copy-on-write does it (`MADV_POPULATE_WRITE`), so guests run on and nothing
-//! needs protecting. The VMAs of the pool stay, with private pages in them; where there are many,
-//! they are healed.
+//! needs protecting. The VMAs of the pool stay, with private pages in them; where there are many, or
+//! pages of zeros between them, their block is built anew.
 
 use std::io;
 
 use crate::backing::Backing;
 use crate::budget::{Reservation, Shortage, bytes_of};
-use crate::item::PageState;
-use crate::page::{HUGE_PAGE_PAGES, PageRange};
-use crate::region::{Entered, RegionId};
+use crate::items::Items;
+use crate::layouts::block_of;
+use crate::page::{HUGE_PAGE_PAGES, PageRange, range_pages, runs};
+use crate::region::Entered;
 use crate::scanner::Scanner;
 
 /// Pages unshared between two looks at the exiting flag; each takes about 9 us.
@@ -22,48 +23,64 @@ impl<B: Backing> Scanner<B> {
     /// # Errors
     /// When a copy can't be had. Pages not unmerged by then stay merged and accounted for.
     pub(crate) fn unmerge_region(&mut self, inside: &Entered<'_, B>) -> io::Result<()> {
+        let id = inside.region.id();
         let pages = inside.backing().pages();
-        for start in (0..pages).step_by(UNSHARE_PAGES as usize) {
-            if inside.is_exiting() {
-                return Ok(());
+        for start in (0..pages).step_by(HUGE_PAGE_PAGES as usize) {
+            if !self.items(id).knows_block(start) {
+                continue;
             }
-            let window = start..pages.min(start.saturating_add(UNSHARE_PAGES));
-            self.unmerge_window(inside, window)?;
-        }
-        for block in (0..pages).step_by(HUGE_PAGE_PAGES as usize) {
-            self.heal(inside, block);
+            let block = block_of(start, pages);
+            self.unshare_all(inside, &block, Items::is_merged)?;
+            for page in block.clone() {
+                if self.items(id).state(page).is_private() {
+                    self.note_private(id, page);
+                }
+            }
+            self.give_mappings_back(inside, &block);
+            // Those that are left would keep pages of the pool.
+            self.unshare_all(inside, &block, Items::may_show_zeros)?;
         }
         self.publish_region(inside.region);
         Ok(())
     }
 
-    fn unmerge_window(&mut self, inside: &Entered<'_, B>, window: PageRange) -> io::Result<()> {
-        let id = inside.region.id();
-        let mut next = window.start;
-        while next < window.end {
-            let items = self.items(id);
-            let start = next;
-            let merged = items.is_merged(start);
-            while next < window.end && items.is_merged(next) == merged {
-                next += 1;
+    /// Gives pages their own copies.
+    fn unshare_all(
+        &mut self,
+        inside: &Entered<'_, B>,
+        range: &PageRange,
+        is_to_be: impl Fn(&Items, u32) -> bool,
+    ) -> io::Result<()> {
+        let items: &Items = self.items(inside.region.id());
+        let pages: Vec<u32> = (range.clone())
+            .filter(|&page| is_to_be(items, page))
+            .collect();
+        let is_next = |a: &u32, b: &u32| a + 1 == *b;
+        for run in runs(&pages, UNSHARE_PAGES as usize, is_next) {
+            if inside.is_exiting() {
+                return Ok(());
             }
-            if merged {
-                let Some(_reserved) = self.reserve_copies(inside, next - start)? else {
-                    return Ok(());
-                };
-                let unshared = inside.backing().unshare(start..next);
-                // How many got their copy before it failed, the pages themselves will tell.
-                if unshared.is_err() {
-                    let pending = self.pending(id).into_iter();
-                    pending.for_each(|pending| (start..next).for_each(|page| pending.insert(page)));
-                }
-                unshared?;
-            }
-            for page in start..next {
-                self.forget_page(id, page);
-            }
+            self.unshare(inside, run[0]..run[run.len() - 1] + 1)?;
         }
         Ok(())
+    }
+
+    fn unshare(&mut self, inside: &Entered<'_, B>, range: PageRange) -> io::Result<()> {
+        let id = inside.region.id();
+        let Some(_reserved) = self.reserve_copies(inside, range_pages(&range))? else {
+            return Ok(());
+        };
+        let unshared = inside.backing().unshare(range.clone());
+        for page in range {
+            if unshared.is_ok() {
+                self.unshared_by_guest(id, page);
+                self.note_private(id, page);
+            } else if let Some(pending) = self.pending(id) {
+                // How many got their copy before it failed, the pages themselves will tell.
+                pending.insert(page);
+            }
+        }
+        unshared
     }
 
     /// Reserves memory for private copies of `pages` pages, and may wait for it: what the exit of
@@ -81,16 +98,6 @@ impl<B: Backing> Scanner<B> {
             Err(Shortage::Cancelled) if inside.is_exiting() => Ok(None),
             reserved => reserved.map(Some),
         }
-    }
-
-    fn forget_page(&mut self, id: RegionId, page: u32) {
-        if let PageState::Stable(pool_page) = self.items(id).state(page) {
-            self.stable.drop_sharer(pool_page);
-        }
-        self.items(id).set_state(page, PageState::Untracked);
-        self.pending(id)
-            .into_iter()
-            .for_each(|pending| pending.insert(page));
     }
 }
 

@@ -32,8 +32,6 @@ pub(crate) struct Unstable {
     left_out: Entries,
     /// Size of `lasting` when it was last freed of stale entries.
     lasting_fresh: usize,
-    /// Entries of `lasting` that are stale for sure.
-    left_behind: usize,
 }
 
 impl Unstable {
@@ -49,15 +47,15 @@ impl Unstable {
             .find(is_partner)
     }
 
-    /// Whether a page is known by this fingerprint.
-    pub(crate) fn knows(&self, fingerprint: Fingerprint, page: (RegionId, u32)) -> bool {
-        let mut entries = [&self.passing, &self.lasting, &self.left_out].into_iter();
-        entries.any(|entries| entries.get(&fingerprint) == Some(&page))
-    }
-
-    /// A page of a watched region has found a partner, and its entry stays.
-    pub(crate) fn leave_behind(&mut self) {
-        self.left_behind += 1;
+    /// A page other than this that is known by a fingerprint.
+    pub(crate) fn another(
+        &self,
+        fingerprint: Fingerprint,
+        page: (RegionId, u32),
+    ) -> Option<(RegionId, u32)> {
+        let entries = [&self.passing, &self.lasting, &self.left_out].into_iter();
+        let known = entries.filter_map(|entries| entries.get(&fingerprint).copied());
+        known.into_iter().find(|&known| known != page)
     }
 
     /// Keeps a page of a watched region that has an equal in the index already.
@@ -84,10 +82,7 @@ impl Unstable {
     pub(crate) fn end_pass(&mut self, is_valid: impl Fn(RegionId, u32, u32) -> bool) {
         self.passing.clear();
         let lasting = self.lasting.len() + self.left_out.len();
-        if lasting > 2 * self.lasting_fresh + STALE_ENTRIES_MIN
-            || self.left_behind > STALE_ENTRIES_MIN.max(lasting / 8)
-        {
-            self.left_behind = 0;
+        if lasting > 2 * self.lasting_fresh + STALE_ENTRIES_MIN {
             for entries in [&mut self.lasting, &mut self.left_out] {
                 entries.retain(|fingerprint, &mut (id, page)| {
                     is_valid(id, page, fingerprint.checksum())
@@ -142,21 +137,6 @@ mod tests {
             unstable.leave_out(Fingerprint(1), other);
             let partner = unstable.take_partner(Fingerprint(1), |&page| page != looking);
             assert_eq!(partner, Some(found));
-        }
-    }
-
-    #[test]
-    fn entries_that_are_left_behind_go_though_the_index_did_not_grow() {
-        let mut unstable = Unstable::default();
-        let pages = 40_000;
-        for page in 0..pages {
-            unstable.insert(Fingerprint(u64::from(page)), (RegionId(1), page), true);
-        }
-        unstable.end_pass(|_, _, _| true);
-        for left_behind in [pages / 2, pages - 1] {
-            (0..pages / 2).for_each(|_| unstable.leave_behind());
-            unstable.end_pass(|_, page, _| page >= left_behind);
-            assert_eq!(unstable.lasting.len(), (pages - left_behind) as usize);
         }
     }
 

@@ -6,10 +6,20 @@ use crate::backing::{Backing, Residency};
 use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
 use crate::keyed::FingerprintSet;
+use crate::layouts::{block_number, place_in};
 use crate::page::{PageRange, PoolPage};
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
-use crate::share::Candidate;
+
+/// A calm page that was read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Calm {
+    pub(crate) page: u32,
+    pub(crate) fingerprint: Fingerprint,
+    /// Whether it may get a mapping of its own. Not before it was calm for a while: another region may
+    /// yet come to hold the same at the same place, which takes none.
+    pub(crate) may_map: bool,
+}
 
 /// A calm page, and a calm page elsewhere that had the same fingerprint when it was visited.
 #[derive(Clone, Copy, Debug)]
@@ -24,20 +34,36 @@ pub(crate) struct Pair {
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     /// Pages not read yet, with the stable page that each is likely to be equal to.
-    pub(crate) guessed: Vec<Candidate>,
+    pub(crate) guessed: Vec<(u32, PoolPage)>,
     /// Pages that held zeros.
     pub(crate) zeros: Vec<u32>,
+    /// Pages that are yet to be looked for elsewhere.
+    pub(crate) calm: Vec<Calm>,
     /// Pages whose content is stable already.
-    pub(crate) stable: Vec<Candidate>,
+    pub(crate) stable: Vec<(u32, PoolPage)>,
     /// Pages that would found a stable page together with a partner.
     pub(crate) pairs: Vec<Pair>,
     /// Pages with the content of one of the pairs: to be looked up again once those are merged.
     pub(crate) deferred: Vec<(u32, Fingerprint)>,
-    founding: FingerprintSet,
+    /// Pages that are to be tried once more at the next visit.
+    pub(crate) later: Vec<u32>,
+    /// The block of places that the window is to be based on.
+    pub(crate) base: Option<PoolPage>,
+    pub(crate) founding: FingerprintSet,
 }
 
 impl Plan {
-    /// Every page that is to be tried, in no order.
+    /// Adds a page that found a partner.
+    pub(crate) fn pair(&mut self, own: (u32, Fingerprint), partner: (RegionId, u32)) {
+        self.pairs.push(Pair {
+            page: own.0,
+            partner: partner.0,
+            partner_page: partner.1,
+            fingerprint: own.1,
+        });
+    }
+
+    /// Every page that is to be merged, in no order.
     pub(crate) fn pages(&self) -> impl Iterator<Item = u32> {
         let candidates = self.guessed.iter().chain(&self.stable);
         let merging = candidates
@@ -65,7 +91,7 @@ impl<B: Backing> Scanner<B> {
         self.pages_scanned += u64::from(visited);
         self.merge(inside, &mut plan);
         let page = window.start;
-        self.settle_watched(inside, window);
+        self.settle_watched(inside, window, &plan.later);
         self.heal(inside, page);
         self.reclaim();
         self.publish_region(inside.region);
@@ -125,8 +151,7 @@ impl<B: Backing> Scanner<B> {
     fn is_put_off(&mut self, id: RegionId, page: u32) -> bool {
         let hurried = self.hurried;
         let items = self.items(id);
-        let is_volatile = matches!(items.state(page), PageState::Volatile { .. });
-        is_volatile && !hurried && !items.backoff(page).is_due(items.now)
+        items.state(page).is_volatile() && !hurried && !items.backoff(page).is_due(items.now)
     }
 
     fn visit_private(&mut self, inside: &Entered<'_, B>, page: u32, plan: &mut Plan) {
@@ -135,10 +160,10 @@ impl<B: Backing> Scanner<B> {
         let checksum = fingerprint.checksum();
         let before = self.items(id).state(page);
         let calm = match before {
-            PageState::Volatile { checksum: seen } | PageState::Unshared { checksum: seen } => {
-                seen == checksum
-            }
-            PageState::Untracked | PageState::Zero | PageState::Stable(_) => false,
+            PageState::Volatile { checksum: seen }
+            | PageState::Unshared { checksum: seen }
+            | PageState::LeftOut { checksum: seen } => seen == checksum,
+            _ => false,
         };
         if !calm {
             self.unshared_by_guest(id, page);
@@ -147,11 +172,11 @@ impl<B: Backing> Scanner<B> {
             if let PageState::Volatile { .. } | PageState::Unshared { .. } = before {
                 items.set_backoff(page, items.backoff(page).changed(items.now));
             }
-            self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
+            self.changes += u64::from(!before.is_volatile());
             return;
         }
-        self.changes += u64::from(!matches!(before, PageState::Unshared { .. }));
-        self.plan_calm(id, page, (fingerprint, zero), plan);
+        self.changes += u64::from(before.calm_checksum().is_none());
+        self.plan_calm(id, page, fingerprint, zero, plan);
     }
 
     /// A page's fingerprint, and whether it holds only zeros.
@@ -164,117 +189,65 @@ impl<B: Backing> Scanner<B> {
         (Fingerprint::of(content), false)
     }
 
-    /// Reads a calm page of a watched region, and finds out what it could be merged with.
+    /// Reads a calm page of a watched region, and plans it.
     pub(crate) fn read_and_plan(&mut self, inside: &Entered<'_, B>, page: u32, plan: &mut Plan) {
         let id = inside.region.id();
-        let read = self.read_page(inside, page);
-        let checksum = read.0.checksum();
+        let (fingerprint, zero) = self.read_page(inside, page);
+        let checksum = fingerprint.checksum();
         let items = self.items(id);
-        if let PageState::Volatile { checksum: seen } = items.state(page)
+        let before = items.state(page);
+        if let PageState::Volatile { checksum: seen } = before
             && seen != 0
             && seen != checksum
         {
             items.set_backoff(page, items.backoff(page).busy(items.now));
         }
-        items.set_state(page, PageState::Volatile { checksum });
-        self.plan_calm(id, page, read, plan);
+        if before.calm_checksum() != Some(checksum) {
+            items.set_state(page, PageState::Volatile { checksum });
+        }
+        self.plan_calm(id, page, fingerprint, zero, plan);
     }
 
-    /// The stable page that a page is likely to be equal to: the one that was founded with it, the
-    /// one after its neighbour's, the one that it was mapped to itself before it was written to, or the
-    /// one at this place in a region that shared lately. Only if the page begins like it.
-    pub(crate) fn guess(
-        &self,
-        inside: &Entered<'_, B>,
-        page: u32,
-        plan: &Plan,
-    ) -> Option<PoolPage> {
-        let neighbours = [plan.guessed.last(), plan.stable.last()];
-        let next = neighbours
-            .into_iter()
-            .flatten()
-            .find(|&&(before, _)| before + 1 == page)
-            .map(|&(_, pool_page)| pool_page.plus(1));
+    /// The stable page that a page is likely to be equal to: the one that it is mapped to and was written
+    /// over, or the one at its place. Only if the page begins like it.
+    pub(crate) fn guess(&self, inside: &Entered<'_, B>, page: u32) -> Option<PoolPage> {
         let id = inside.region.id();
-        let founded = (self.attached.get(&id)).and_then(|attached| attached.items.hint(page));
-        let places = std::iter::once(id).chain(self.places.recent());
-        founded
-            .into_iter()
-            .chain(next)
-            .chain(places.filter_map(|id| self.pool_page_at(id, page)))
+        let items = &self.attached.get(&id)?.items;
+        let blocks = match self.base_of(id, page) {
+            Some(_) => &[],
+            None => self.stable.layouts.blocks_of(block_number(page)),
+        };
+        let places = blocks.iter().map(|&first| place_in(first, page));
+        (items.pool_page_under(page).into_iter())
+            .chain(places)
             .filter(|&pool_page| self.stable.sharers_of(pool_page) > 0)
             .find(|&pool_page| inside.backing().may_equal_pool(page, &self.pool, pool_page))
     }
 
-    /// Finds out what a calm page could be merged with.
-    pub(crate) fn plan_calm(
-        &mut self,
+    /// Notes what a calm page holds.
+    fn plan_calm(
+        &self,
         id: RegionId,
         page: u32,
-        (fingerprint, zero): (Fingerprint, bool),
+        fingerprint: Fingerprint,
+        zero: bool,
         plan: &mut Plan,
     ) {
         if zero {
             plan.zeros.push(page);
-        } else if let Some(pool_page) = self.stable.find(fingerprint) {
-            plan.stable.push((page, pool_page));
-        } else if plan.founding.contains(&fingerprint) {
-            plan.deferred.push((page, fingerprint));
-        } else {
-            self.find_partner(id, page, fingerprint, plan);
+            return;
         }
-    }
-
-    fn find_partner(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint, plan: &mut Plan) {
-        match self.partner(id, page, fingerprint) {
-            Some((partner, partner_page)) => {
-                plan.founding.insert(fingerprint);
-                plan.pairs.push(Pair {
-                    page,
-                    partner,
-                    partner_page,
-                    fingerprint,
-                });
-            }
-            None => self.keep_candidate(id, page, fingerprint),
-        }
-    }
-
-    /// Another page that is calm, alone, and was of this fingerprint when it was visited.
-    ///
-    /// First the one at this place in a region whose pages were kept lately, by its item: that of
-    /// its neighbour was just looked at, while an entry of the index is somewhere in memory, and
-    /// taking it out takes as long as hashing the page. The entry stays behind, as stale as that of a
-    /// page that was written to.
-    fn partner(
-        &mut self,
-        id: RegionId,
-        page: u32,
-        fingerprint: Fingerprint,
-    ) -> Option<(RegionId, u32)> {
-        let attached = &self.attached;
-        let is_partner = |&(other, other_page): &(RegionId, u32)| {
-            let attached = attached.get(&other);
-            (other, other_page) != (id, page)
-                && attached.is_some_and(|it| it.is_alone(other_page, fingerprint.checksum()))
-        };
-        let mut places = self.kept_by.recent().map(|other| (other, page));
-        let at_place = places.find(is_partner);
-        match at_place {
-            Some(_) => self.unstable.leave_behind(),
-            None => return self.unstable.take_partner(fingerprint, is_partner),
-        }
-        at_place
+        plan.calm.push(Calm {
+            page,
+            fingerprint,
+            may_map: self.may_map(id, page),
+        });
     }
 
     /// Leaves a calm page in the unstable index, for a later one to find.
     pub(crate) fn keep_candidate(&mut self, id: RegionId, page: u32, fingerprint: Fingerprint) {
         let watched = self.pending(id).is_some();
         self.unstable.insert(fingerprint, (id, page), watched);
-        // What else is known of a page holds for one pass only, which its item does not tell.
-        if watched {
-            self.kept_by.note(id);
-        }
         let checksum = fingerprint.checksum();
         self.items(id)
             .set_state(page, PageState::Unshared { checksum });

@@ -23,6 +23,7 @@ impl<B: Backing> Scanner<B> {
     /// Begins a pass over a region: learns what was written to, and what need not wait any more.
     pub(crate) fn begin_region(&mut self, inside: &Entered<'_, B>) {
         let (interval, hurried) = (self.intervals.current(), self.hurried);
+        let map_after = self.map_after;
         let pass = u32::try_from(self.full_scans & u64::from(u32::MAX)).unwrap_or(0);
         let Some(attached) = self.attached(inside.region.id()) else {
             return;
@@ -33,6 +34,7 @@ impl<B: Backing> Scanner<B> {
         };
         attached.items.now = interval;
         attached.items.worth = WORTH;
+        watch.release_to_map(&attached.items, if hurried { 0 } else { map_after });
         watch.look(&attached.items, hurried, |dirty, ignored| {
             if let Err(error) = source.collect(dirty, ignored) {
                 let id = inside.region.id().0;
@@ -60,6 +62,25 @@ impl<B: Backing> Scanner<B> {
             watch.put_off(page);
             self.pages_skipped += 1;
         }
+    }
+
+    /// Whether a page may get a mapping of its own now.
+    pub(crate) fn may_map(&self, id: RegionId, page: u32) -> bool {
+        self.attached.get(&id).is_some_and(|attached| {
+            let items = &attached.items;
+            let calm = items.backoff(page).elapsed(items.now);
+            let is_calm = self.hurried || attached.watch.is_none() || calm >= self.map_after;
+            is_calm && matches!(items.state(page), PageState::Unshared { .. })
+        })
+    }
+
+    /// Whether a page of a watched region is left alone because it was busy.
+    pub(crate) fn is_put_off_watched(&self, id: RegionId, page: u32) -> bool {
+        self.attached.get(&id).is_some_and(|attached| {
+            let mut watch = attached.watch.iter();
+            attached.items.state(page).is_volatile()
+                && watch.any(|watch| !watch.pending.contains(page))
+        })
     }
 
     /// Visits pages, each with whether it is dirty. A dirty page is not read: it is given time to
@@ -109,22 +130,24 @@ impl<B: Backing> Scanner<B> {
         Ok(count(pages.len() - dirty_pages) + count(dirty_pages) / DIRTY_PER_READ)
     }
 
-    /// A page was written to, and is private now if it was not.
+    /// A page was written to. One that was merged is known to be private now.
     fn note_written(&mut self, id: RegionId, page: u32) {
         self.unshared_by_guest(id, page);
-        let before = self.items(id).state(page);
-        self.changes += u64::from(!matches!(before, PageState::Volatile { .. }));
-        // What it held when it was last read, if it was: its next visit compares.
-        let checksum = match before {
-            PageState::Unshared { checksum } | PageState::Volatile { checksum } => checksum,
-            _ => 0,
-        };
         let items = self.items(id);
-        let backoff = items.backoff(page);
-        items.set_state(page, PageState::Volatile { checksum });
-        if let PageState::Volatile { .. } = before {
+        let (before, backoff) = (items.state(page), items.backoff(page));
+        let state = match before {
+            // What it held when it was last read: its next visit compares.
+            PageState::Unshared { checksum }
+            | PageState::LeftOut { checksum }
+            | PageState::Volatile { checksum } => PageState::Volatile { checksum },
+            PageState::Untracked | PageState::Dirty => PageState::Dirty,
+            _ => PageState::Volatile { checksum: 0 },
+        };
+        items.set_state(page, state);
+        if before.is_volatile() {
             items.set_backoff(page, backoff.busy(items.now));
         }
+        self.changes += u64::from(!before.is_volatile());
         self.try_when_calm(id, page);
     }
 
@@ -158,9 +181,10 @@ impl<B: Backing> Scanner<B> {
             // A merged page that is private was given its copy by an unmerge that failed.
             self.unshared_by_guest(id, page);
             self.changes += 1;
-            if let Some(pool_page) = self.guess(inside, page, plan) {
+            if let Some(pool_page) = self.guess(inside, page) {
                 let items = self.items(id);
-                if !matches!(items.state(page), PageState::Volatile { .. }) {
+                let is_calm = items.state(page).calm_checksum().is_some();
+                if !is_calm && !matches!(items.state(page), PageState::Volatile { .. }) {
                     items.set_state(page, PageState::Volatile { checksum: 0 });
                 }
                 plan.guessed.push((page, pool_page));
@@ -173,17 +197,25 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Takes pages that were merged, or found to be alone or absent, off the list of those to try.
-    pub(crate) fn settle_watched(&mut self, inside: &Entered<'_, B>, window: PageRange) {
-        let id = inside.region.id();
-        let tried: Vec<u32> = match self.pending(id) {
-            Some(pending) => pending.iter_in(window).collect(),
-            None => return,
+    /// Those of `later` are tried once more.
+    pub(crate) fn settle_watched(
+        &mut self,
+        inside: &Entered<'_, B>,
+        window: PageRange,
+        later: &[u32],
+    ) {
+        let Some(attached) = self.attached(inside.region.id()) else {
+            return;
         };
+        let Some(watch) = &mut attached.watch else {
+            return;
+        };
+        let tried: Vec<u32> = watch.pending.iter_in(window).collect();
         for page in tried {
-            if !matches!(self.items(id).state(page), PageState::Volatile { .. }) {
-                self.pending(id)
-                    .into_iter()
-                    .for_each(|pending| pending.remove(page));
+            let state = attached.items.state(page);
+            let is_open = state.is_volatile() || state == PageState::Private;
+            if !is_open && !later.contains(&page) {
+                watch.pending.remove(page);
             }
         }
     }
@@ -196,11 +228,8 @@ mod tests {
     use crate::backing::fake::{FakeMemory, FakePool};
     use crate::backoff::Intervals;
     use crate::control::{Control, Pace, Run};
-    use crate::item::PageState;
-    use crate::region::RegionId;
     use crate::scanner::Scanner;
     use crate::shared::Shared;
-    use crate::visit::Plan;
 
     fn world(pages: u32) -> (Shared<Scanner<FakeMemory>>, FakeMemory) {
         world_of(pages, 1000)
@@ -210,6 +239,7 @@ mod tests {
         let pool = FakePool::default();
         let mut scanner = Scanner::new(pool.clone(), vma_budget);
         scanner.intervals = Intervals::new(Duration::ZERO, Instant::now());
+        scanner.map_after = 0;
         let shared = Shared::new(scanner, Control::new(Run::Merge, Pace::default()));
         let memory = FakeMemory::new(pages, &pool);
         shared.register(memory.clone(), Some(memory.source()));
@@ -277,53 +307,68 @@ mod tests {
         shared.register(other.clone(), Some(other.source()));
         for page in (1..PAGES).step_by(2) {
             one.write(page, u64::from(page));
-            other.write(page, u64::from(page));
+            other.write(PAGES - 1 - page, u64::from(page));
         }
-        // Each is one whose pages were kept lately.
         one.write(0, 100);
         other.write(0, 200);
         let scanned = || {
             (0..20).for_each(|_| while shared.batch(u32::MAX).passes == 0 {});
             let stats = shared.stats();
-            assert_eq!(
-                (stats.pages_shared, stats.pages_unshared),
-                (0, 10),
-                "{stats:?}"
-            );
+            let alone = stats.pages_unshared + stats.pages_over_vma_budget;
+            assert_eq!((stats.pages_shared, alone), (0, 10), "{stats:?}");
+            assert!(stats.pages_over_vma_budget >= 4, "{stats:?}");
             stats.pages_scanned
         };
         assert_eq!(scanned(), scanned());
     }
 
     #[test]
-    fn a_partner_that_lies_alone_is_merged_by_what_was_founded_with_it() {
+    fn what_is_equal_elsewhere_is_mapped_once_it_was_calm_for_long() {
         const PAGES: u32 = 8;
         let (shared, one) = world(PAGES);
-        let pool = shared.lock_scanner().pool.clone();
+        let mut scanner = shared.lock_scanner();
+        scanner.map_after = 20;
+        let pool = scanner.pool.clone();
+        drop(scanner);
         let other = FakeMemory::new(PAGES, &pool);
-        let founder = shared.register(other.clone(), Some(other.source()));
-        // In the other order, so that no two neighbours have neighbours for partners.
+        shared.register(other.clone(), Some(other.source()));
         for page in 0..PAGES {
             one.write(page, u64::from(page + 1));
             other.write(PAGES - 1 - page, u64::from(page + 1));
         }
-        while shared.stats().pages_shared == 0 {
-            shared.batch(u32::MAX);
-        }
-        let mut scanner = shared.lock_scanner();
-        let id = RegionId(founder.id().0 - 1);
-        let partner = scanner.region(id).expect("it is registered");
-        let inside = partner.enter().expect("it stays");
-        // The pool's first page is never hinted at.
-        for page in 0..PAGES - 1 {
-            assert!(!scanner.items(id).is_merged(page), "{page}");
-            let founded = scanner.items(founder.id()).state(PAGES - 1 - page);
-            let guess = scanner.guess(&inside, page, &Plan::default());
-            assert_eq!(guess.map(PageState::Stable), Some(founded), "{page}");
-        }
-        drop((inside, scanner));
-        shared.batch(u32::MAX);
+        let pass = || while shared.batch(u32::MAX).passes == 0 {};
+        (0..15).for_each(|_| pass());
+        let stats = shared.stats();
+        assert_eq!((stats.pages_shared, stats.pages_unshared), (0, 16));
+        let scanned = stats.pages_scanned;
+        (0..3).for_each(|_| pass());
+        assert_eq!(
+            shared.stats().pages_scanned,
+            scanned,
+            "nobody looks meanwhile"
+        );
+        (0..12).for_each(|_| pass());
         assert_eq!(shared.stats().pages_sharing, u64::from(PAGES));
+    }
+
+    #[test]
+    fn a_long_run_elsewhere_is_mapped_without_a_wait() {
+        const RUN_PAGES: u32 = 20;
+        let (shared, one) = world(2 * RUN_PAGES);
+        let mut scanner = shared.lock_scanner();
+        scanner.map_after = 1000;
+        let pool = scanner.pool.clone();
+        drop(scanner);
+        let other = FakeMemory::new(2 * RUN_PAGES, &pool);
+        shared.register(other.clone(), Some(other.source()));
+        for page in 0..RUN_PAGES {
+            one.write(page, u64::from(page + 1));
+            other.write(page + RUN_PAGES, u64::from(page + 1));
+        }
+        (0..15).for_each(|_| while shared.batch(u32::MAX).passes == 0 {});
+        let stats = shared.stats();
+        assert_eq!(stats.pages_sharing, u64::from(RUN_PAGES), "{stats:?}");
+        assert_eq!(stats.vmas, 4, "{stats:?}");
     }
 
     #[test]

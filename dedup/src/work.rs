@@ -143,6 +143,7 @@ impl<B: Backing + std::fmt::Debug> Work for Scanner<B> {
     }
 
     fn start_over(&mut self) {
+        self.reclaim_kept(usize::MAX);
         self.unstable.forget_all();
         self.full_scans = 0;
     }

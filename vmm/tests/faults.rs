@@ -372,7 +372,7 @@ fn recount(lab: &Lab) {
         let counted = (
             stats.pages_shared + stats.pages_sharing,
             stats.slots,
-            stats.pages_shared * 4096,
+            stats.pool_bytes,
         );
         counted == (merging, alive.len() as u64, pool_bytes)
     });

@@ -3,6 +3,7 @@
 mod call;
 mod pool;
 mod source;
+mod staging;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -10,10 +11,11 @@ use std::sync::{Arc, Mutex};
 
 pub(crate) use call::Call;
 pub(crate) use pool::{FakePool, Moment};
+use staging::FakeStaging;
 
-use super::{Backing, Part, Residency};
+use super::{Backing, Residency};
 use crate::dirty::PageSet;
-use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage};
+use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, range_pages};
 use crate::sync;
 
 /// A page's content, told by one word that fills it.
@@ -23,6 +25,8 @@ pub(crate) type Content = u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FakePage {
     Absent,
+    /// The kernel's zero page, over a place of the pool.
+    Zeros,
     Private(Content),
     /// Mapped to the pool, not written to.
     Shared(PoolPage),
@@ -55,15 +59,20 @@ pub(crate) struct FakeMemory {
     written: Arc<Mutex<Vec<u32>>>,
     /// Pages that nobody wanted to hear of then.
     ignored: Arc<Mutex<Option<PageSet>>>,
-    /// How many times pool pages were mapped around pages of its own.
-    pub(crate) bridged: Arc<AtomicU32>,
+    /// How many times something was built aside and put in place.
+    pub(crate) replaced: Arc<AtomicU32>,
 }
 
 impl FakeMemory {
     pub(crate) fn new(pages: u32, pool: &FakePool) -> FakeMemory {
-        FakeMemory {
+        let over = pool::Over {
             pages: Arc::new(Mutex::new(vec![FakePage::Absent; pages as usize])),
             under: Arc::new(Mutex::new(vec![None; pages as usize])),
+        };
+        sync::lock(&pool.regions).push(over.clone());
+        FakeMemory {
+            pages: over.pages,
+            under: over.under,
             protected: Arc::new(Mutex::new(vec![false; pages as usize])),
             pool: pool.clone(),
             calls_left: Arc::new(AtomicU32::new(u32::MAX)),
@@ -75,7 +84,7 @@ impl FakeMemory {
             freed: Arc::default(),
             written: Arc::default(),
             ignored: Arc::default(),
-            bridged: Arc::default(),
+            replaced: Arc::default(),
         }
     }
 
@@ -101,7 +110,17 @@ impl FakeMemory {
     /// What the guest reads.
     pub(crate) fn content(&self, page: u32) -> Content {
         match self.page(page) {
-            FakePage::Absent => 0,
+            FakePage::Absent => {
+                // It would show what is filled into the place.
+                let under = sync::lock(&self.under)[page as usize];
+                let is_freed = self.freed.load(Ordering::Relaxed);
+                assert!(
+                    under.is_none() || is_freed,
+                    "page {page} is absent over {under:?}"
+                );
+                0
+            }
+            FakePage::Zeros => 0,
             FakePage::Private(content) => content,
             FakePage::Shared(pool_page) => self
                 .pool
@@ -141,23 +160,11 @@ impl FakeMemory {
         self.fail(&Call::TAKING, u32::MAX);
     }
 
-    /// Maps equal pages of the pool over a range.
-    fn map(&self, pool: &FakePool, range: PageRange, first: PoolPage) {
-        for page in range.clone() {
-            assert!(self.is_protected(page), "swapped without protection");
-            let pool_page = first.plus(page - range.start);
-            let is_same = pool.content(pool_page) == Some(self.content(page));
-            assert!(
-                is_same || self.freed.load(Ordering::Relaxed),
-                "page {page} is changed"
-            );
-            assert!(
-                !self.is_huge.load(Ordering::Relaxed) || self.keeps_huge.load(Ordering::Relaxed),
-                "a part of a huge page is not given back"
-            );
-            sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
-            sync::lock(&self.under)[page as usize] = Some(pool_page);
-        }
+    fn keep_no_part_of_a_huge_page(&self) {
+        assert!(
+            !self.is_huge.load(Ordering::Relaxed) || self.keeps_huge.load(Ordering::Relaxed),
+            "a part of a huge page is not given back"
+        );
     }
 
     fn call(&self, kind: Call) -> io::Result<()> {
@@ -179,22 +186,11 @@ impl FakeMemory {
         }
         Ok(parts.len().min(PARTS_MAX))
     }
-
-    fn drop_zero(&self, page: u32, in_pool_vma: bool) {
-        assert!(self.is_protected(page), "dropped without protection");
-        assert_eq!(self.content(page), 0, "page {page} is dropped and not zero");
-        let under = sync::lock(&self.under)[page as usize].take();
-        assert_eq!(
-            under.is_some(),
-            in_pool_vma,
-            "page {page} shows the pool again"
-        );
-        sync::lock(&self.pages)[page as usize] = FakePage::Absent;
-    }
 }
 
 impl Backing for FakeMemory {
     type Pool = FakePool;
+    type Staging = FakeStaging;
 
     fn pages(&self) -> u32 {
         u32::try_from(sync::lock(&self.pages).len()).expect("few pages")
@@ -217,6 +213,7 @@ impl Backing for FakeMemory {
                 FakePage::Shared(_) if page % 2 == 0 => {
                     found.push((page..page + 1, Residency::Pool));
                 }
+                FakePage::Zeros => found.push((page..page + 1, Residency::ZeroPage)),
                 FakePage::Shared(_) | FakePage::Absent => {}
             }
         }
@@ -271,7 +268,7 @@ impl Backing for FakeMemory {
         Ok(())
     }
 
-    fn protect(&self, range: PageRange, _remapped: bool) -> io::Result<()> {
+    fn protect(&self, range: PageRange) -> io::Result<()> {
         self.finish_racing_writes();
         if let Err(error) = self.call(Call::Protect) {
             // As far as it got.
@@ -287,92 +284,80 @@ impl Backing for FakeMemory {
         self.set_protected(range, false);
     }
 
-    fn share(&self, pool: &FakePool, parts: &[Part]) -> io::Result<usize> {
-        for (range, _) in parts.iter().filter(|_| parts.len() > 1) {
-            let under = &sync::lock(&self.under)[range.start as usize..range.end as usize];
-            assert_eq!(
-                under.iter().flatten().count(),
-                0,
-                "{range:?} shows the pool"
-            );
-        }
-        self.call_for_parts(Call::Share, parts, |(range, first)| {
-            self.map(pool, range.clone(), *first);
-        })
-    }
-
-    fn bridge(
-        &self,
-        pool: &FakePool,
-        range: PageRange,
-        first: PoolPage,
-        own: &[PageRange],
-    ) -> io::Result<()> {
-        self.call(Call::Bridge)?;
-        self.pool.reach(Moment::Bridge);
-        let mut next = range.start;
-        let slot = |page: u32| first.plus(page - range.start);
-        for pages in own {
-            assert!(next < pages.start && !pages.is_empty() && pages.end < range.end);
-            self.map(pool, next..pages.start, slot(next));
-            for page in pages.clone() {
-                assert!(self.is_protected(page), "copied without protection");
-                let content = self.content(page);
-                assert!(
-                    content != 0 || self.freed.load(Ordering::Relaxed),
-                    "page {page} is given memory and shows zeros"
-                );
-                sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
-                sync::lock(&self.under)[page as usize] = Some(slot(page));
-            }
-            next = pages.end;
-        }
-        self.map(pool, next..range.end, slot(next));
-        self.bridged.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn uncover(&self, parts: &[PageRange]) -> io::Result<usize> {
-        let uncover = |page: u32| {
-            assert!(self.is_protected(page), "uncovered without protection");
-            let pool_page =
-                sync::lock(&self.under)[page as usize].expect("it is mapped to the pool");
-            assert_eq!(self.pool.content(pool_page), Some(self.content(page)));
-            sync::lock(&self.pages)[page as usize] = FakePage::Shared(pool_page);
-        };
-        self.call_for_parts(Call::Uncover, parts, |part| {
-            part.clone().for_each(uncover);
-        })
-    }
-
-    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
-        self.call(Call::Rebuild)?;
-        assert!(
-            range.len() <= crate::heal::PART_PAGES as usize,
-            "a writer waits while {range:?} is copied"
-        );
-        for (page, &is_under) in range.zip(under) {
-            assert!(self.is_protected(page), "rebuilt without protection");
+    fn discard(&self, parts: &[PageRange]) -> io::Result<usize> {
+        let discard = |page: u32| {
+            assert!(self.is_protected(page), "dropped without protection");
             let content = self.content(page);
-            let pool_page = sync::lock(&self.under)[page as usize].take();
-            assert_eq!(pool_page.is_some(), is_under);
-            let is_absent = self.page(page) == FakePage::Absent;
-            if !is_absent {
-                sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
-            }
+            let under = sync::lock(&self.under)[page as usize];
+            let (shows, left) = match under {
+                Some(place) => (self.pool.content(place), FakePage::Shared(place)),
+                None => (Some(0), FakePage::Absent),
+            };
+            let is_freed = self.freed.load(Ordering::Relaxed);
+            assert!(shows == Some(content) || is_freed, "page {page} is changed");
+            self.keep_no_part_of_a_huge_page();
+            sync::lock(&self.pages)[page as usize] = left;
+        };
+        self.call_for_parts(Call::Discard, parts, |part| {
+            part.clone().for_each(discard);
+        })
+    }
+
+    fn map(&self, pool: &FakePool, range: PageRange, first: PoolPage) -> io::Result<()> {
+        self.call(Call::Map)?;
+        self.pool.reach(Moment::Map);
+        if range_pages(&range) < self.pages() {
+            self.keep_no_part_of_a_huge_page();
+        }
+        for page in range.clone() {
+            assert!(self.is_protected(page), "mapped without protection");
+            let place = first.plus(page - range.start);
+            let is_same = pool.content(place) == Some(self.content(page));
+            let is_freed = self.freed.load(Ordering::Relaxed);
+            assert!(is_same || is_freed, "page {page} is changed");
+            sync::lock(&self.pages)[page as usize] = FakePage::Shared(place);
+            sync::lock(&self.under)[page as usize] = Some(place);
         }
         Ok(())
     }
 
-    fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize> {
-        self.call_for_parts(Call::DropZeros, parts, |part| {
-            part.clone().for_each(|page| self.drop_zero(page, false));
-        })
+    fn stage(
+        &self,
+        _pool: &FakePool,
+        range: PageRange,
+        under: Option<PoolPage>,
+    ) -> io::Result<FakeStaging> {
+        self.call(Call::Stage)?;
+        Ok(FakeStaging::new(range, under))
     }
 
-    fn unmap_zeros(&self, range: PageRange) -> io::Result<()> {
-        self.call(Call::UnmapZeros)?;
-        range.for_each(|page| self.drop_zero(page, true));
+    fn stage_copies(&self, staging: &FakeStaging, pages: PageRange) -> io::Result<()> {
+        self.call(Call::StageCopies)?;
+        pages.for_each(|page| staging.put(page, FakePage::Private(self.content(page))));
+        self.pool.reach(Moment::Stage);
+        Ok(())
+    }
+
+    fn stage_zeros(&self, staging: &FakeStaging, pages: PageRange) -> io::Result<()> {
+        self.call(Call::StageZeros)?;
+        pages.for_each(|page| staging.put_zeros(page));
+        Ok(())
+    }
+
+    fn unstage(&self, staging: &FakeStaging, page: u32) -> io::Result<()> {
+        self.call(Call::Unstage)?;
+        staging.take(page);
+        Ok(())
+    }
+
+    fn equals_staged(&self, staging: &FakeStaging, page: u32) -> bool {
+        staging.copy_of(page) == self.content(page)
+    }
+
+    fn replace(&self, staging: FakeStaging) -> io::Result<()> {
+        self.call(Call::Replace)?;
+        self.pool.reach(Moment::Replace);
+        self.put_in_place(&staging);
         Ok(())
     }
 

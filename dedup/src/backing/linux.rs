@@ -6,7 +6,6 @@ mod pool;
 mod replace;
 mod staging;
 mod userfaultfd;
-mod window;
 
 pub(crate) use memory::LinuxMemory;
 pub(crate) use pool::{LinuxPool, allocated_pages};

@@ -33,8 +33,9 @@ use summary::Summary;
 const DOMAIN: &str = "demo";
 /// Time between two looks at the guests.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
-/// Sharing has settled when it has not grown for this long, whole scans of memory included.
-const CALM_TIME: Duration = Duration::from_secs(3);
+/// Sharing has settled when it has not grown for this long, whole scans of memory included. What is
+/// equal at another place is shared once it was calm for 10 s.
+const CALM_TIME: Duration = Duration::from_secs(12);
 /// Whole scans that must go by without growth. The first of a page's visits only takes note.
 const CALM_SCANS: u64 = 2;
 /// Passes that every guest verifies after its pages were merged.

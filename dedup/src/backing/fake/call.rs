@@ -11,44 +11,47 @@ pub(crate) enum Call {
     SplitHugePage,
     Fill,
     Protect,
-    Share,
-    Bridge,
-    Uncover,
-    Rebuild,
-    DropZeros,
-    UnmapZeros,
+    Discard,
+    Map,
+    Stage,
+    StageCopies,
+    StageZeros,
+    Unstage,
+    Replace,
     Unshare,
     Collect,
     Punch,
 }
 
 impl Call {
-    pub(crate) const ALL: [Call; 14] = [
+    pub(crate) const ALL: [Call; 15] = [
         Call::Residency,
         Call::HasHugePage,
         Call::SplitHugePage,
         Call::Fill,
         Call::Protect,
-        Call::Share,
-        Call::Bridge,
-        Call::Uncover,
-        Call::Rebuild,
-        Call::DropZeros,
-        Call::UnmapZeros,
+        Call::Discard,
+        Call::Map,
+        Call::Stage,
+        Call::StageCopies,
+        Call::StageZeros,
+        Call::Unstage,
+        Call::Replace,
         Call::Unshare,
         Call::Collect,
         Call::Punch,
     ];
 
     /// Those that take memory, or VMAs.
-    pub(super) const TAKING: [Call; 8] = [
+    pub(super) const TAKING: [Call; 9] = [
         Call::Fill,
-        Call::Share,
-        Call::Bridge,
-        Call::Uncover,
-        Call::Rebuild,
-        Call::DropZeros,
-        Call::UnmapZeros,
+        Call::Discard,
+        Call::Map,
+        Call::Stage,
+        Call::StageCopies,
+        Call::StageZeros,
+        Call::Unstage,
+        Call::Replace,
         Call::Unshare,
     ];
 

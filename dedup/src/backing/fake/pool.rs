@@ -5,7 +5,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::Content;
+use super::{Content, FakePage};
 use crate::backing::Pool;
 use crate::fingerprint::Fingerprint;
 use crate::page::{PAGE_WORDS, PoolPage};
@@ -19,6 +19,8 @@ pub(crate) struct FakePool {
     interruption: Arc<Mutex<Option<Interruption>>>,
     /// Pages that nobody uses, still there because punching them failed.
     unpunched: Arc<Mutex<BTreeSet<u32>>>,
+    /// Regions that may lie over its pages.
+    pub(super) regions: Arc<Mutex<Vec<Over>>>,
     /// Every `punch` fails.
     pub(crate) keeps_pages: Arc<AtomicBool>,
 }
@@ -30,10 +32,37 @@ pub(crate) enum Moment {
     Fill,
     /// While pages are compared with stable pages, after the first pair.
     Compare,
-    /// Before pool pages are mapped around pages of the region's own.
-    Bridge,
+    /// Before pool pages are mapped.
+    Map,
+    /// After the first pages were copied to where a block is built.
+    Stage,
+    /// Before what was built aside is put in place.
+    Replace,
     /// Before pages get private copies.
     Unshare,
+}
+
+/// What lies behind the pages of a region, and under them.
+#[derive(Clone, Debug)]
+pub(super) struct Over {
+    pub(super) pages: Arc<Mutex<Vec<FakePage>>>,
+    pub(super) under: Arc<Mutex<Vec<Option<PoolPage>>>>,
+}
+
+impl Over {
+    fn shows(&self, place: PoolPage) -> bool {
+        sync::lock(&self.pages).contains(&FakePage::Shared(place))
+    }
+
+    /// As the kernel does for all who map a page that is punched, whatever they wrote.
+    fn lose_zero_page(&self, place: PoolPage) {
+        let under = sync::lock(&self.under);
+        for (page, under) in sync::lock(&self.pages).iter_mut().zip(under.iter()) {
+            if *page == FakePage::Zeros && *under == Some(place) {
+                *page = FakePage::Absent;
+            }
+        }
+    }
 }
 
 struct Interruption(Moment, Box<dyn FnOnce() + Send>);
@@ -63,8 +92,10 @@ impl FakePool {
         if pages.len() <= index {
             pages.resize(index + 1, None);
         }
+        sync::lock(&self.unpunched).remove(&page.0);
+        let regions = sync::lock(&self.regions);
         assert!(
-            sync::lock(&self.unpunched).remove(&page.0) || pages[index].is_none(),
+            !regions.iter().any(|region| region.shows(page)),
             "pool page {index} is written to while in use"
         );
         pages[index] = Some(content);
@@ -106,6 +137,10 @@ impl Pool for FakePool {
                 continue;
             }
             unpunched.remove(&index);
+            let regions = sync::lock(&self.regions);
+            regions
+                .iter()
+                .for_each(|region| region.lose_zero_page(PoolPage(index)));
             if let Some(page) = all.get_mut(index as usize) {
                 *page = None;
             }

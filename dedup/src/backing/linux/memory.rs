@@ -3,19 +3,17 @@
 mod parts;
 
 use std::io;
-use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use self::parts::Armed;
 use super::pagemap::Pagemap;
 use super::replace::replace;
 use super::staging::Staging;
 use super::{LinuxPool, Userfaultfd, check, check_mapped};
-use crate::backing::{Backing, Part, Residency};
+use crate::backing::{Backing, Residency};
 use crate::fault::may_fail;
 use crate::mapping::Mapping;
-use crate::page::{PAGE_SIZE_BYTES, PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
+use crate::page::{PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
 use crate::racing::{page_is_zero, pages_are_equal, pages_may_be_equal};
 
 /// A reserved range, registered for write protection.
@@ -26,8 +24,6 @@ pub(crate) struct LinuxMemory {
     pagemap: Pagemap,
     /// The kernel takes advice for many ranges at once, or was not asked yet.
     takes_many: AtomicBool,
-    /// Where in the range that is protected now whoever comes to a page that is not there sleeps.
-    armed: Armed,
 }
 
 impl LinuxMemory {
@@ -39,7 +35,6 @@ impl LinuxMemory {
             userfaultfd,
             pagemap: Pagemap::open()?,
             takes_many: AtomicBool::new(true),
-            armed: Armed::default(),
         })
     }
 
@@ -56,29 +51,6 @@ impl LinuxMemory {
             self.mapping.address(range.start),
             pages_to_bytes(range_pages(range)),
         )
-    }
-
-    /// Puts a new private mapping over `range`, of the pool's `first` page on or of nothing.
-    fn remap(&self, range: &PageRange, pool: Option<(&LinuxPool, PoolPage)>) -> io::Result<()> {
-        may_fail!("mmap");
-        self.userfaultfd.note_mapping_call();
-        let (start, len_bytes) = self.span(range);
-        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        let (flags, fd, offset_bytes) = match pool {
-            Some((pool, first)) => (flags, pool.fd(), pages_to_bytes(first.0)),
-            None => (flags | libc::MAP_ANONYMOUS, -1, 0),
-        };
-        let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
-        let map = || {
-            let prot = libc::PROT_READ | libc::PROT_WRITE;
-            // SAFETY:
-            // - `span` checked that the range lies inside the reserved range, which is ours alone.
-            // - The engine replaces pages only by equal ones, compared under write protection, so
-            //   that no reader of the range can tell.
-            check_mapped(unsafe { libc::mmap(start.cast(), len_bytes, prot, flags, fd, offset) })
-        };
-        // SAFETY: as above.
-        unsafe { replace(start, len_bytes, &self.userfaultfd, map) }
     }
 
     /// Moves a mapping with everything in it over `range`: one step for those who read it.
@@ -145,6 +117,7 @@ impl LinuxMemory {
 
 impl Backing for LinuxMemory {
     type Pool = LinuxPool;
+    type Staging = Staging;
 
     fn pages(&self) -> u32 {
         self.mapping.pages()
@@ -199,15 +172,11 @@ impl Backing for LinuxMemory {
         unsafe { pool.fill(first, start, len_bytes) }
     }
 
-    fn protect(&self, range: PageRange, remapped: bool) -> io::Result<()> {
+    fn protect(&self, range: PageRange) -> io::Result<()> {
         may_fail!("userfaultfd");
         let (start, len_bytes) = self.span(&range);
-        if remapped {
-            self.userfaultfd.register(start, len_bytes)?;
-        }
         match self.userfaultfd.protect(start, len_bytes) {
-            // A part is not registered: registering it failed when it was mapped anew. Without
-            // this it would be tried, in vain, in each pass.
+            // A part is not registered: registering it failed when it was mapped anew.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
                 self.userfaultfd.register(start, len_bytes)?;
                 self.userfaultfd.protect(start, len_bytes)
@@ -217,98 +186,79 @@ impl Backing for LinuxMemory {
     }
 
     fn release(&self, range: PageRange, remapped: bool) {
-        let was_armed = self.disarm();
-        if let Err(error) = self.release_at_once(&range, remapped || was_armed) {
+        if let Err(error) = self.release_at_once(&range, remapped) {
             log::error!("cannot release pages {range:?}, going page by page: {error}");
             self.release_each(&range);
         }
     }
 
-    fn share(&self, pool: &LinuxPool, parts: &[Part]) -> io::Result<usize> {
-        self.share_parts(pool, parts)
-    }
-
-    fn bridge(
-        &self,
-        pool: &LinuxPool,
-        range: PageRange,
-        first: PoolPage,
-        own: &[PageRange],
-    ) -> io::Result<()> {
-        may_fail!("bridge");
-        let staging = Staging::new(pool, first, range_pages(&range), &self.userfaultfd)?;
-        for pages in own {
-            let (from, _) = self.span(pages);
-            // SAFETY: `span` checked that the pages lie inside the reserved range.
-            unsafe {
-                staging.copy_in(
-                    pages.start - range.start,
-                    from,
-                    range_pages(pages),
-                    &self.userfaultfd,
-                )?;
-            }
-        }
-        // Half-way: all that was copied is given back, and the guest never saw it.
-        may_fail!("bridge_move");
-        // SAFETY: the staging range was made above, as long as `range`. It shows copies of the pages
-        // of `own`, and pages of the pool that the engine compared with the others.
-        unsafe { self.move_here(staging.as_ptr(), &range)? };
-        std::mem::forget(staging);
-        Ok(())
-    }
-
-    fn uncover(&self, parts: &[PageRange]) -> io::Result<usize> {
+    fn discard(&self, parts: &[PageRange]) -> io::Result<usize> {
         // In a file mapping the kernel keeps the protection of a dropped page as a marker
         // (`mm/memory.c`, `zap_install_uffd_wp_if_needed`), which the release takes away.
         self.drop_parts(parts)
     }
 
-    fn rebuild(&self, range: PageRange, under: &[bool]) -> io::Result<()> {
+    fn map(&self, pool: &LinuxPool, range: PageRange, first: PoolPage) -> io::Result<()> {
+        may_fail!("mmap");
+        self.userfaultfd.note_mapping_call();
+        let (start, len_bytes) = self.span(&range);
+        let offset = libc::off_t::try_from(pages_to_bytes(first.0)).map_err(io::Error::other)?;
+        let map = || {
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+            // SAFETY:
+            // - `span` checked that the range lies inside the reserved range, which is ours alone.
+            // - The engine replaces pages only by equal ones, compared under write protection, so
+            //   that no reader of the range can tell.
+            let mapped =
+                unsafe { libc::mmap(start.cast(), len_bytes, prot, flags, pool.fd(), offset) };
+            check_mapped(mapped)
+        };
+        // SAFETY: as above.
+        unsafe { replace(start, len_bytes, &self.userfaultfd, map) }
+    }
+
+    fn stage(
+        &self,
+        pool: &LinuxPool,
+        range: PageRange,
+        under: Option<PoolPage>,
+    ) -> io::Result<Staging> {
+        may_fail!("stage");
+        let under = under.map(|first| (pool, first));
+        Staging::new(range, under, &self.userfaultfd)
+    }
+
+    fn stage_copies(&self, staging: &Staging, pages: PageRange) -> io::Result<()> {
+        may_fail!("stage_copies");
+        let (from, _) = self.span(&pages);
+        // SAFETY: `span` checked that the pages lie inside the reserved range.
+        unsafe { staging.copy_in(&pages, from) }
+    }
+
+    fn stage_zeros(&self, staging: &Staging, pages: PageRange) -> io::Result<()> {
+        may_fail!("stage_zeros");
+        staging.put_zeros(&pages)
+    }
+
+    fn unstage(&self, staging: &Staging, page: u32) -> io::Result<()> {
+        staging.take_out(page)
+    }
+
+    fn equals_staged(&self, staging: &Staging, page: u32) -> bool {
+        let (mine, copy) = (self.page_address(page), staging.page_address(page));
+        // SAFETY: both are whole, aligned pages, of a reserved range and of the staging one.
+        unsafe { pages_are_equal(mine, copy) }
+    }
+
+    fn replace(&self, staging: Staging) -> io::Result<()> {
+        // Half-way: all that was copied is given back, and the guest never saw it.
         may_fail!("mremap");
-        let (_, len_bytes) = self.span(&range);
-        let staging = Mapping::new(len_bytes).map_err(io::Error::other)?;
-        let mut found = Vec::new();
-        self.residency(range.clone(), &mut found)?;
-        let mut has_content = under.to_vec();
-        for (pages, residency) in found {
-            for page in pages {
-                has_content[(page - range.start) as usize] |= match residency {
-                    Residency::Private | Residency::Pool => true,
-                    Residency::ZeroPage => false,
-                    // Swapped out, just being moved, or without memory: the protection of such a
-                    // page looks the same (`mm/mprotect.c`, `PTE_MARKER_UFFD_WP`).
-                    Residency::Swapped => !self.is_zero(page),
-                };
-            }
-        }
-        for (page, _) in (0..)
-            .zip(has_content)
-            .filter(|&(_, has_content)| has_content)
-        {
-            let from = self.page_address(range.start + page);
-            // SAFETY: both are whole, aligned pages, of a reserved range and of the staging one,
-            // which nobody else knows; the caller has stopped the writers of the former.
-            unsafe { ptr::copy_nonoverlapping(from, staging.address(page), PAGE_SIZE_BYTES) };
-        }
-        // SAFETY: the staging range was made above, as long as `range` and with its content.
-        unsafe { self.move_here(staging.as_ptr(), &range)? };
-        std::mem::forget(staging);
-        Ok(())
-    }
-
-    fn drop_zeros(&self, parts: &[PageRange]) -> io::Result<usize> {
-        self.drop_parts(parts)
-    }
-
-    fn unmap_zeros(&self, range: PageRange) -> io::Result<()> {
-        self.remap(&range, None)?;
-        // Declined for huge pages as the rest is.
-        if let Err(error) = self.advise(&range, libc::MADV_NOHUGEPAGE)
-            && error.raw_os_error() != Some(libc::EINVAL)
-        {
-            log::error!("cannot decline huge pages for pages {range:?}: {error}");
-        }
+        let range = staging.range();
+        // SAFETY: the staging range is as long as `range`. It shows copies of some of its pages, and
+        // for the others zeros or pages of the pool that the engine compared with them.
+        unsafe { self.move_here(staging.page_address(range.start), &range)? };
+        staging.forget();
         Ok(())
     }
 

@@ -7,7 +7,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::window::Window;
 use super::{check, check_mapped};
 use crate::backing::Pool;
 use crate::fault::may_fail;
@@ -91,10 +90,8 @@ impl LinuxPool {
 
     /// Copies `len_bytes` from `from` to `first` and the pages after it.
     ///
-    /// A whole huge page is stored to, once it has memory. Anything else goes by the file: the
-    /// kernel then allocates whole runs, fills each page once instead of clearing it first, and "no
-    /// memory" is an error. It takes half the time of populating a mapping and storing, and where
-    /// there is memory already, twice the time of storing.
+    /// By the file: the kernel allocates whole runs, fills each page once instead of clearing it first,
+    /// and "no memory" is an error. It takes half the time of populating a mapping and storing.
     ///
     /// # Safety
     /// The range is mapped. Others may write to it or drop its pages.
@@ -107,19 +104,13 @@ impl LinuxPool {
         may_fail!("pool_write");
         if len_bytes == HUGE_PAGE_BYTES && first.0.is_multiple_of(HUGE_PAGE_PAGES) {
             // SAFETY: as for this call; the range is longer than a page.
-            let is_huge = unsafe { self.allocate_huge_page(first, from)? };
-            if is_huge && let Ok(mut window) = Window::new(self, first) {
-                // SAFETY: as for this call; what is filled is nobody's yet.
-                unsafe { window.copy_in(from) };
-                return Ok(());
-            }
+            unsafe { self.allocate_huge_page(first, from)? };
         }
         // SAFETY: as for this call.
         unsafe { self.write(first, from, len_bytes) }
     }
 
-    /// Puts a huge page where the run from `first` on is about to be filled. Returns whether the
-    /// kernel had one.
+    /// Puts a huge page where the run from `first` on is about to be filled, if the kernel has one.
     ///
     /// It takes half the time of allocating 512 pages, and whoever maps the whole of it has one
     /// entry in the page tables and takes one fault. `MADV_COLLAPSE` works with any setting of
@@ -128,11 +119,11 @@ impl LinuxPool {
     ///
     /// # Safety
     /// As for [`LinuxPool::fill`], of one page.
-    unsafe fn allocate_huge_page(&self, first: PoolPage, from: *const u8) -> io::Result<bool> {
+    unsafe fn allocate_huge_page(&self, first: PoolPage, from: *const u8) -> io::Result<()> {
         let until_huge = self.until_huge.load(Ordering::Relaxed);
         if until_huge > 0 {
             self.until_huge.store(until_huge - 1, Ordering::Relaxed);
-            return Ok(false);
+            return Ok(());
         }
         // SAFETY: as for this call.
         unsafe { self.write(first, from, PAGE_SIZE_BYTES)? };
@@ -144,7 +135,7 @@ impl LinuxPool {
             // for a huge page in vain costs the kernel more than to allocate them.
             self.until_huge.store(HUGE_PAUSE_RUNS, Ordering::Relaxed);
         }
-        Ok(advised == 0)
+        Ok(())
     }
 
     /// Writes `len_bytes` from `from` to `first` and the pages after it.

@@ -69,15 +69,6 @@ pub(super) unsafe fn replace(
     }
 }
 
-/// Makes a call until it succeeds: one that guests wait for, and which nothing can be done without.
-pub(super) fn persist(problem: &str, call: impl Fn() -> io::Result<()>) {
-    let mut complaint = Complaint::default();
-    while let Err(error) = call() {
-        complaint.say(problem, &error);
-        thread::sleep(RETRY);
-    }
-}
-
 /// What is said now and then while a call is made again and again.
 #[derive(Default)]
 struct Complaint {

@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use linux_raw_sys::general::{
     __NR_userfaultfd, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, uffdio_api,
-    uffdio_copy, uffdio_range, uffdio_register, uffdio_writeprotect,
+    uffdio_copy, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
 };
 use linux_raw_sys::ioctl::{
-    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
+    UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT, UFFDIO_ZEROPAGE,
 };
 
 use super::check;
@@ -33,7 +33,7 @@ const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1 << 0;
-const UFFDIO_COPY_MODE_WP: u64 = 1 << 1;
+const UFFDIO_ZEROPAGE_MODE_DONTWAKE: u64 = 1 << 0;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 
 /// An open userfaultfd, agreed on write protection of anonymous and pool pages.
@@ -98,21 +98,6 @@ impl Userfaultfd {
         self.register_for(UFFDIO_REGISTER_MODE_MISSING, start, len_bytes)
     }
 
-    /// Makes a range that is protected, or is to be, one where whoever touches a page that is not
-    /// there sleeps too, until the range is woken. Ends with [`Userfaultfd::unregister`] only: to
-    /// register it for less changes nothing.
-    pub(super) fn arm(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
-        let mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP;
-        self.register_for(mode, start, len_bytes)
-    }
-
-    /// Takes back what a range was registered for, protection included, and wakes who sleeps in it.
-    /// Parts that are not registered are no error.
-    pub(super) fn unregister(&self, start: *mut u8, len_bytes: usize) -> io::Result<()> {
-        self.note_mapping_call();
-        self.ioctl(UFFDIO_UNREGISTER, &mut range(start, len_bytes))
-    }
-
     /// Counts a call that maps, moves or unmaps a range.
     pub(super) fn note_mapping_call(&self) {
         self.mmap_write_locks.fetch_add(1, Ordering::Relaxed);
@@ -145,50 +130,35 @@ impl Userfaultfd {
         from: *const u8,
         len_bytes: usize,
     ) -> io::Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { self.copy_with(UFFDIO_COPY_MODE_DONTWAKE, to, from, len_bytes) }
-    }
-
-    /// The same for pages of a range that is armed, and protected: the copies are so too.
-    ///
-    /// # Safety
-    /// As for [`Userfaultfd::copy`].
-    pub(super) unsafe fn copy_protected(
-        &self,
-        to: *mut u8,
-        from: *const u8,
-        len_bytes: usize,
-    ) -> io::Result<()> {
-        let mode = UFFDIO_COPY_MODE_DONTWAKE | UFFDIO_COPY_MODE_WP;
-        // SAFETY: the caller's promise.
-        unsafe { self.copy_with(mode, to, from, len_bytes) }
-    }
-
-    /// # Safety
-    /// As for [`Userfaultfd::copy`].
-    unsafe fn copy_with(
-        &self,
-        mode: u64,
-        to: *mut u8,
-        from: *const u8,
-        len_bytes: usize,
-    ) -> io::Result<()> {
         let mut done_bytes = 0;
         while done_bytes < len_bytes {
             let mut request = uffdio_copy {
                 dst: to.wrapping_add(done_bytes).addr() as u64,
                 src: from.wrapping_add(done_bytes).addr() as u64,
                 len: (len_bytes - done_bytes) as u64,
-                mode,
+                mode: UFFDIO_COPY_MODE_DONTWAKE,
                 copy: 0,
             };
             let copied = self.ioctl(UFFDIO_COPY, &mut request);
-            // How many bytes, if any; also where it says that the rest is to be asked for again.
-            done_bytes += usize::try_from(request.copy).unwrap_or(0);
-            match copied {
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-                _ => {}
-            }
+            done_bytes += in_part(copied, request.copy)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the kernel's zero page in place of pages none of which is there yet.
+    ///
+    /// # Safety
+    /// As for [`Userfaultfd::copy`].
+    pub(super) unsafe fn put_zeros(&self, to: *mut u8, len_bytes: usize) -> io::Result<()> {
+        let mut done_bytes = 0;
+        while done_bytes < len_bytes {
+            let mut request = uffdio_zeropage {
+                range: range(to.wrapping_add(done_bytes), len_bytes - done_bytes),
+                mode: UFFDIO_ZEROPAGE_MODE_DONTWAKE,
+                zeropage: 0,
+            };
+            let put = self.ioctl(UFFDIO_ZEROPAGE, &mut request);
+            done_bytes += in_part(put, request.zeropage)?;
         }
         Ok(())
     }
@@ -227,8 +197,16 @@ impl Userfaultfd {
         // - Each request of this module takes a pointer to the struct it is called with.
         // - `argument` is valid for reads and writes for the length of the call.
         // - The requests change protection bits of this process, never the content of memory, but
-        //   for `UFFDIO_COPY`, whose caller vouches for it.
+        //   for `UFFDIO_COPY` and `UFFDIO_ZEROPAGE`, whose callers vouch for it.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::c_ulong::from(request), argument) })
+    }
+}
+
+/// Bytes that a call got done, if any; also where it says that the rest is to be asked for again.
+fn in_part(called: io::Result<()>, done_bytes: i64) -> io::Result<usize> {
+    match called {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+        _ => Ok(usize::try_from(done_bytes).unwrap_or(0)),
     }
 }
 

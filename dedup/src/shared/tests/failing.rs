@@ -25,39 +25,45 @@ fn world() -> World {
 /// A state in which the next pass has one kind of merge to do.
 #[derive(Clone, Copy, Debug)]
 enum Merge {
-    /// Equal pages of two regions become stable pages.
+    /// Equal pages at the same places of two regions, some of them zeros, some of their own: both
+    /// blocks are based on new places.
+    Basing,
+    /// Equal pages of two regions at other places.
     Founding,
-    /// Pages equal to stable pages.
-    Sharing,
-    /// Pages equal to stable pages, on both sides of some that are not.
-    Bridging,
-    /// Pages of zeros.
+    /// Pages equal to stable pages at other places.
+    Mapping,
+    /// Pages of zeros that lie over nothing.
     Zeros,
-    /// Pages of zeros that are mapped to the pool.
-    ZerosInPool,
     /// Pages that got their content back.
-    Uncovering,
+    Settling,
+    /// Pages of zeros that lie over places.
+    ZerosOverPlaces,
 }
 
 impl Merge {
     const ALL: [Merge; 6] = [
+        Merge::Basing,
         Merge::Founding,
-        Merge::Sharing,
-        Merge::Bridging,
+        Merge::Mapping,
         Merge::Zeros,
-        Merge::ZerosInPool,
-        Merge::Uncovering,
+        Merge::Settling,
+        Merge::ZerosOverPlaces,
     ];
 
     /// The calls of which each can make this merge fail.
     fn calls(self) -> Vec<Call> {
         let own: &[Call] = match self {
-            Merge::Founding => &[Call::Fill, Call::Share],
-            Merge::Sharing => &[Call::Share],
-            Merge::Bridging => &[Call::Bridge],
-            Merge::Zeros => &[Call::DropZeros],
-            Merge::ZerosInPool => &[Call::UnmapZeros],
-            Merge::Uncovering => &[Call::Uncover],
+            Merge::Basing => &[
+                Call::Fill,
+                Call::Stage,
+                Call::StageCopies,
+                Call::StageZeros,
+                Call::Replace,
+            ],
+            Merge::Founding => &[Call::Fill, Call::Map],
+            Merge::Mapping => &[Call::Map],
+            Merge::Zeros | Merge::Settling => &[Call::Discard],
+            Merge::ZerosOverPlaces => &[Call::Stage, Call::StageZeros, Call::Replace],
         };
         [&[Call::Residency, Call::Protect], own].concat()
     }
@@ -72,41 +78,69 @@ impl Merge {
             world.check_settled();
         };
         match self {
-            Merge::Founding => {
-                world.apply(&write(0, 0, PAGES, 3));
-                world.apply(&write(1, 0, PAGES, 3));
-            }
-            Merge::Sharing | Merge::Bridging => {
-                settle(&mut world, &[0, 1]);
-                world.register();
-                world.guests[2]
-                    .memory
-                    .is_huge
-                    .store(false, Ordering::Relaxed);
-                world.apply(&write(2, 0, PAGES, 3));
-                if let Merge::Bridging = self {
-                    world.apply(&write(2, 5, 2, 1000));
-                    world.apply(&write(2, 11, 1, 2000));
+            Merge::Basing => {
+                for region in [0, 1] {
+                    // One page is never touched.
+                    world.apply(&write(region, 0, 11, 3));
+                    world.apply(&write(region, 12, PAGES - 12, 3));
+                    world.apply(&write(region, 5, 2, 1000 * (region as u64 + 1)));
                 }
             }
-            Merge::Zeros => world.apply(&write(0, 0, PAGES, 0)),
-            Merge::ZerosInPool => {
-                settle(&mut world, &[0, 1]);
-                world.apply(&write(0, 0, PAGES, 0));
+            Merge::Founding => {
+                world.apply(&write(0, 0, 3, 50));
+                world.apply(&moved(1, 10, 3, 50, 0));
             }
-            Merge::Uncovering => {
+            Merge::Mapping => {
+                settle(&mut world, &[0, 1]);
                 world.register();
+                let memory = &world.guests[2].memory;
+                memory.is_huge.store(false, Ordering::Relaxed);
+                world.apply(&moved(2, 4, 3, 3, 2));
+            }
+            Merge::Zeros => world.apply(&write(0, 0, PAGES, 0)),
+            Merge::Settling => {
+                world.register();
+                let memory = &world.guests[2].memory;
+                memory.is_huge.store(false, Ordering::Relaxed);
                 settle(&mut world, &[0, 1, 2]);
                 world.apply(&write(0, 0, PAGES, 90));
                 world.pass();
                 world.apply(&write(0, 0, PAGES, 3));
             }
+            Merge::ZerosOverPlaces => {
+                settle(&mut world, &[0, 1]);
+                world.apply(&write(0, 0, PAGES, 0));
+            }
         }
-        // Calm in the next one.
+        // Calm in the next one; what takes mappings waits for one more.
         sync::lock(&world.shared.control).waiters += 1;
         world.pass();
+        if let Merge::Founding | Merge::Mapping = self {
+            world.pass();
+        }
         world
     }
+}
+
+/// Writes what `write` would have written at `from` to other pages.
+fn moved(region: usize, page: u32, pages: u32, content: Content, from: u32) -> Step {
+    Step::Write {
+        region,
+        page,
+        pages,
+        // The model adds the page's number.
+        content: content + u64::from(from) - u64::from(page),
+        stride: 1,
+    }
+}
+
+/// Two regions of the same content, merged.
+fn merged() -> World {
+    let mut world = world();
+    world.apply(&write(0, 0, PAGES, 3));
+    world.apply(&write(1, 0, PAGES, 3));
+    world.check_settled();
+    world
 }
 
 /// What an aborted merge must not change.
@@ -170,13 +204,13 @@ fn an_aborted_merge_leaves_its_pages_private_and_intact_and_the_counters_unchang
 
 #[test]
 fn a_merge_that_fails_on_one_side_is_made_up_for_later() {
-    for call in [Call::Protect, Call::Share] {
+    for call in [Call::Protect, Call::Map] {
         for side in [0, 1] {
             let world = Merge::Founding.due();
             world.guests[side].memory.fail(&[call], 0);
             world.pass();
-            let own = |page| matches!(world.guests[side].memory.page(page), FakePage::Private(_));
-            assert!((0..PAGES).all(own), "{call:?} on side {side}");
+            let shared = |page| matches!(world.guests[side].memory.page(page), FakePage::Shared(_));
+            assert!(!(0..PAGES).any(shared), "{call:?} on side {side}");
             world.check();
             world.guests[side].memory.recover();
             world.check_settled();
@@ -186,8 +220,7 @@ fn a_merge_that_fails_on_one_side_is_made_up_for_later() {
 
 #[test]
 fn pages_that_could_not_be_punched_are_filled_anew() {
-    let mut world = Merge::Founding.due();
-    world.check_settled();
+    let mut world = merged();
     world.guests[0].memory.fail(&[Call::Punch], 0);
     world.unmerge();
     assert_eq!(world.pool.unpunched_pages(), PAGES as usize);
@@ -201,8 +234,7 @@ fn pages_that_could_not_be_punched_are_filled_anew() {
 
 #[test]
 fn pages_that_could_not_be_punched_are_punched_at_the_end_of_a_pass() {
-    let mut world = Merge::Founding.due();
-    world.check_settled();
+    let mut world = merged();
     world.guests[0].memory.fail(&[Call::Punch], 0);
     // Each other page, so that they are as many runs.
     for page in (0..PAGES).step_by(2) {
@@ -219,7 +251,7 @@ fn pages_that_could_not_be_punched_are_punched_at_the_end_of_a_pass() {
 
 #[test]
 fn a_block_that_cannot_be_healed_keeps_its_mappings_and_its_pages() {
-    for call in [Call::Protect, Call::Rebuild] {
+    for call in [Call::Protect, Call::Stage, Call::StageCopies, Call::Replace] {
         let mut world = world();
         world.apply(&write(0, 0, PAGES, 3));
         // The same the other way round, so that one of them takes a mapping for each page.
@@ -255,7 +287,7 @@ fn parts_of_a_batch_that_were_merged_before_one_failed_are_accounted_for() {
         }
         sync::lock(&world.shared.control).waiters += 1;
         world.pass();
-        world.guests[0].memory.fail(&[Call::DropZeros], calls);
+        world.guests[0].memory.fail(&[Call::Discard], calls);
         world.pass();
         assert_eq!(world.shared.stats().pages_zero, u64::from(calls));
         world.check();
@@ -267,7 +299,7 @@ fn parts_of_a_batch_that_were_merged_before_one_failed_are_accounted_for() {
 }
 
 #[test]
-fn pages_of_a_batch_that_were_uncovered_before_one_failed_are_accounted_for() {
+fn pages_of_a_batch_that_settled_before_one_failed_are_accounted_for() {
     for calls in 0..=PAGES.div_ceil(2) {
         let mut world = world();
         world.register();
@@ -283,7 +315,7 @@ fn pages_of_a_batch_that_were_uncovered_before_one_failed_are_accounted_for() {
             sync::lock(&world.shared.control).waiters += 1;
             world.pass();
         }
-        world.guests[0].memory.fail(&[Call::Uncover], calls);
+        world.guests[0].memory.fail(&[Call::Discard], calls);
         world.pass();
         let left = u64::from(PAGES.div_ceil(2) - calls);
         assert_eq!(world.shared.stats().pages_sharing, before - left);
@@ -300,8 +332,7 @@ fn a_failed_unmerge_leaves_what_is_still_merged_accounted_for() {
     for region in [0, 1] {
         for calls in 0..PAGES {
             for then_merges in [false, true] {
-                let mut world = Merge::Founding.due();
-                world.check_settled();
+                let mut world = merged();
                 // The cursor rests within the ring.
                 world.shared.batch(1);
                 let before = merged_pages(&world);

@@ -1,11 +1,10 @@
 //! No writer is left asleep, whatever fails.
 
-mod bridging;
 mod filling;
 mod parts;
 #[cfg(feature = "failpoints")]
 mod replacing;
-mod sharing;
+mod staging;
 
 use std::fs;
 use std::sync::atomic::Ordering;
@@ -96,19 +95,34 @@ fn sleeping<T: Send + 'static>(
     done
 }
 
+/// Puts a mapping of the pool over a range, or one of nothing, with copies of the pages of `own`.
+fn build(
+    memory: &LinuxMemory,
+    pool: &LinuxPool,
+    range: PageRange,
+    under: Option<PoolPage>,
+    own: &[PageRange],
+) -> io::Result<()> {
+    let staging = memory.stage(pool, range, under)?;
+    for pages in own {
+        memory.stage_copies(&staging, pages.clone())?;
+    }
+    memory.replace(staging)
+}
+
 /// Protects everything, has one writer fall asleep in each of some pages, maps `shared` to the pool
 /// but for `own`, and releases everything as `remapped`. All writers must wake and find what was
 /// there.
 fn release_wakes_everybody(shared: PageRange, own: &[PageRange], remapped: bool) {
     let (memory, pool) = filled();
-    memory.protect(0..PAGES, false).expect("it is registered");
+    memory.protect(0..PAGES).expect("it is registered");
     let pages = [0, 5, 6, 7, PAGES - 1];
     let writers = pages.map(|page| sleeping_writer(&memory, page));
     if !shared.is_empty() {
         let first = PoolPage(shared.start);
         let mapped = match own {
-            [] => memory.share(&pool, &[(shared, first)]).map(drop),
-            _ => memory.bridge(&pool, shared, first, own),
+            [] => memory.map(&pool, shared, first),
+            _ => build(&memory, &pool, shared, Some(first), own),
         };
         mapped.expect("there are VMAs");
     }
@@ -130,7 +144,7 @@ fn release_wakes_everybody(shared: PageRange, own: &[PageRange], remapped: bool)
         assert_eq!(done.recv_timeout(LONG), Ok(()), "page {page} is protected");
     }
     // What is registered anew can be protected and released again.
-    memory.protect(0..PAGES, true).expect("it is mapped");
+    memory.protect(0..PAGES).expect("it is mapped");
     memory.release(0..PAGES, false);
 }
 
@@ -166,13 +180,12 @@ fn a_release_of_which_any_call_fails_wakes_writers_of_all_pages() {
 /// As if registering it again had failed after its mapping was replaced, by one without the pool.
 #[test]
 fn memory_that_lost_its_registration_is_registered_by_its_next_protection() {
-    let (memory, _pool) = filled();
-    memory.protect(0..PAGES, false).expect("it is registered");
-    memory.rebuild(4..8, &[false; 4]).expect("there is memory");
+    let (memory, pool) = filled();
+    memory.protect(0..PAGES).expect("it is registered");
+    let copies = std::slice::from_ref(&(4..8));
+    build(&memory, &pool, 4..8, None, copies).expect("there is memory");
     memory.release(0..PAGES, false);
-    memory
-        .protect(0..PAGES, false)
-        .expect("it is registered again");
+    memory.protect(0..PAGES).expect("it is registered again");
     let writer = sleeping_writer(&memory, 5);
     memory.release(0..PAGES, false);
     assert_eq!(writer.recv_timeout(LONG), Ok(5));

@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use super::*;
 use crate::page::HUGE_PAGE_PAGES;
 
-/// Fills a run that can be a huge page of the pool, looks at it, and empties it.
-fn fill_a_huge_page() {
+#[test]
+fn a_huge_page_of_the_pool_holds_what_was_filled_into_it_and_nobody_can_write_to_it() {
     let mapping = Mapping::new(pages_to_bytes(HUGE_PAGE_PAGES)).expect("address space is there");
     let userfaultfd = Arc::new(Userfaultfd::open().expect("this host has userfaultfd"));
     let memory = LinuxMemory::new(mapping, userfaultfd).expect("the kernel takes the range");
@@ -38,18 +38,4 @@ fn writable_mappings(pool: &LinuxPool) -> String {
         words.nth(1) == Some("rw-s") && words.nth(2) == Some(inode.as_str())
     };
     maps.lines().filter(is_one).collect()
-}
-
-#[test]
-fn a_huge_page_of_the_pool_holds_what_was_filled_into_it_and_nobody_can_write_to_it() {
-    fill_a_huge_page();
-}
-
-#[cfg(feature = "failpoints")]
-#[test]
-fn a_huge_page_that_cannot_be_mapped_is_filled_by_the_file() {
-    let scenario = fail::FailScenario::setup();
-    fail::cfg("window", "return").expect("a known action");
-    fill_a_huge_page();
-    scenario.teardown();
 }

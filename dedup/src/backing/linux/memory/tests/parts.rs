@@ -20,7 +20,7 @@ fn parts_are_dropped_together_by_one_call_or_one_by_one() {
         memory.takes_many.store(takes_many, Ordering::Relaxed);
         let (mut calls, mut done) = (0, 0);
         while done < PARTS.len() {
-            done += memory.drop_zeros(&PARTS[done..]).expect("it is memory");
+            done += memory.discard(&PARTS[done..]).expect("it is memory");
             calls += 1;
         }
         assert_eq!(absent_pages(&memory), DROPPED);
@@ -30,18 +30,18 @@ fn parts_are_dropped_together_by_one_call_or_one_by_one() {
 }
 
 #[test]
-fn parts_are_uncovered_together() {
+fn parts_show_the_pool_when_their_copies_are_dropped() {
     let (memory, pool) = filled();
-    memory.protect(0..PAGES, false).expect("it is registered");
+    memory.protect(0..PAGES).expect("it is registered");
     memory
-        .share(&pool, &[(0..PAGES, PoolPage(0))])
+        .map(&pool, 0..PAGES, PoolPage(0))
         .expect("there are VMAs");
     memory.release(0..PAGES, true);
     (0..PAGES).for_each(|page| write(&memory, page, 77));
-    memory.protect(0..PAGES, true).expect("it is registered");
+    memory.protect(0..PAGES).expect("it is registered");
     let mut done = 0;
     while done < PARTS.len() {
-        done += memory.uncover(&PARTS[done..]).expect("it is memory");
+        done += memory.discard(&PARTS[done..]).expect("it is memory");
     }
     memory.release(0..PAGES, false);
     for page in 0..PAGES {
@@ -61,7 +61,7 @@ fn what_cannot_be_dropped_stops_the_parts_after_it_and_is_told_apart() {
         check(unsafe { libc::mlock(start.cast(), len_bytes) }).expect("a page may be locked");
         let mut done = 0;
         let error = loop {
-            match memory.drop_zeros(&PARTS[done..]) {
+            match memory.discard(&PARTS[done..]) {
                 Ok(parts) => done += parts,
                 Err(error) => break error,
             }

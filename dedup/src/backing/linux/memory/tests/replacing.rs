@@ -8,14 +8,14 @@ use super::*;
 fn a_mapping_that_fails_when_the_old_one_is_gone_is_made_again_until_it_succeeds() {
     type Put = fn(&LinuxMemory, &LinuxPool) -> io::Result<()>;
     let puts: [Put; 3] = [
-        |memory, pool| memory.share(pool, &[(2..12, PoolPage(2))]).map(drop),
-        |memory, pool| memory.bridge(pool, 2..12, PoolPage(2), &[4..6, 7..8]),
-        |memory, _| memory.rebuild(2..12, &[false; 10]),
+        |memory, pool| memory.map(pool, 2..12, PoolPage(2)),
+        |memory, pool| build(memory, pool, 2..12, Some(PoolPage(2)), &[4..6, 7..8]),
+        |memory, pool| build(memory, pool, 2..12, None, &[2..6, 6..12]),
     ];
     let scenario = fail::FailScenario::setup();
     for put in puts {
         let (memory, pool) = filled();
-        memory.protect(0..PAGES, false).expect("it is registered");
+        memory.protect(0..PAGES).expect("it is registered");
         let writer = sleeping_writer(&memory, 6);
         fail::cfg("unmapped", "4*return").expect("a known action");
         put(&memory, &pool).expect("it is made again");
@@ -25,7 +25,7 @@ fn a_mapping_that_fails_when_the_old_one_is_gone_is_made_again_until_it_succeeds
             assert_eq!(read(&memory, page), content(page), "page {page}");
         }
         write(&memory, 3, 1);
-        memory.protect(0..PAGES, true).expect("it is one range");
+        memory.protect(0..PAGES).expect("it is one range");
         memory.release(0..PAGES, true);
     }
     scenario.teardown();
@@ -36,10 +36,10 @@ fn a_mapping_that_fails_when_the_old_one_is_gone_is_made_again_until_it_succeeds
 fn who_comes_to_a_page_whose_mapping_is_gone_waits_for_it() {
     let scenario = fail::FailScenario::setup();
     let (memory, pool) = filled();
-    memory.protect(0..PAGES, false).expect("it is registered");
+    memory.protect(0..PAGES).expect("it is registered");
     fail::cfg("unmapped", "1*return->1*pause").expect("a known action");
     thread::scope(|scope| {
-        let sharer = scope.spawn(|| memory.share(&pool, &[(2..12, PoolPage(2))]));
+        let sharer = scope.spawn(|| memory.map(&pool, 2..12, PoolPage(2)));
         let [start, end] = [2, 12].map(|page| memory.mapping.address(page).addr());
         wait_until("the hole is plugged", || {
             let maps = fs::read_to_string("/proc/self/maps").expect("this is Linux");
