@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::backing::Backing;
+use crate::backing::linux::Urgent;
 use crate::page::{PageRange, PoolPage};
 
 /// A range whose writers wait. Dropping it lets them go on, whatever happened in between: an
@@ -17,6 +18,8 @@ pub(crate) struct Protected<'a, B: Backing> {
     range: PageRange,
     /// Whether a part was mapped anew, and must be registered again.
     remapped: bool,
+    /// Dropped last: writers wait until the range is released.
+    _urgent: Urgent,
 }
 
 impl<'a, B: Backing> Protected<'a, B> {
@@ -26,6 +29,7 @@ impl<'a, B: Backing> Protected<'a, B> {
             backing,
             range: range.clone(),
             remapped: false,
+            _urgent: Urgent::begin(),
         };
         backing.protect(range)?;
         Ok(protected)

@@ -5,10 +5,12 @@ pub(crate) mod pagemap;
 mod pool;
 mod replace;
 mod staging;
+mod urgent;
 mod userfaultfd;
 
 pub(crate) use memory::LinuxMemory;
 pub(crate) use pool::{LinuxPool, allocated_pages};
+pub(crate) use urgent::Urgent;
 pub(crate) use userfaultfd::Userfaultfd;
 
 use std::io;
