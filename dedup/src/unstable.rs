@@ -35,16 +35,19 @@ pub(crate) struct Unstable {
 }
 
 impl Unstable {
-    /// Takes the pages with this fingerprint out, up to one that is a partner.
+    /// Takes a page with this fingerprint out that is a partner. The others stay: one may be that of a pair
+    /// which is not merged in the end.
     pub(crate) fn take_partner(
         &mut self,
         fingerprint: Fingerprint,
         is_partner: impl Fn(&(RegionId, u32)) -> bool,
     ) -> Option<(RegionId, u32)> {
-        [&mut self.lasting, &mut self.passing, &mut self.left_out]
-            .into_iter()
-            .filter_map(|entries| entries.remove(&fingerprint))
-            .find(is_partner)
+        let entries = [&mut self.lasting, &mut self.passing, &mut self.left_out];
+        let mut holding = entries.into_iter().filter(|entries| {
+            let known = entries.get(&fingerprint);
+            known.is_some_and(&is_partner)
+        });
+        holding.next()?.remove(&fingerprint)
     }
 
     /// A page other than this that is known by a fingerprint.
@@ -138,6 +141,15 @@ mod tests {
             let partner = unstable.take_partner(Fingerprint(1), |&page| page != looking);
             assert_eq!(partner, Some(found));
         }
+    }
+
+    #[test]
+    fn a_page_that_is_no_partner_stays_known() {
+        let page = (RegionId(1), 1);
+        let mut unstable = Unstable::default();
+        unstable.insert(Fingerprint(1), page, true);
+        assert_eq!(unstable.take_partner(Fingerprint(1), |_| false), None);
+        assert_eq!(unstable.take_partner(Fingerprint(1), |_| true), Some(page));
     }
 
     #[test]
