@@ -28,7 +28,7 @@ const THREE_ENGINES: [Engine; 3] = [Engine::Off, Engine::KsmFast, Engine::Samepa
 /// A set of runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
-    /// Every figure of docs/density.md; about 75 minutes on 2 CPUs
+    /// Every figure of docs/density.md; about 90 minutes on 2 CPUs
     Full,
     /// A few guests of three workloads; about 9 minutes on 2 CPUs
     Quick,

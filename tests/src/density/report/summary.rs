@@ -280,6 +280,34 @@ fn against_off(columns: &mut [Column]) {
             let saved = rounded(100.0 * (1.0 - ours / theirs));
             column.figures.insert(Quantity::SavedOfOff, saved);
         }
+        if column.engine != Engine::Off {
+            leave_out_mapped_zeros(&mut column.figures, &off);
+        }
+    }
+}
+
+/// Takes pages of zeros off the ideal that guests did not touch. An engine that maps a block as a
+/// whole has the kernel's zero page in it where its guest has nothing, and an oracle that reads guests
+/// from outside cannot tell the one from the other. So a guest has as many of them as without merging.
+fn leave_out_mapped_zeros(own: &mut Figures, off: &Figures) {
+    let of = |figures: &Figures| {
+        let quantities = [Quantity::Zeros, Quantity::Held].map(|it| figures.get(&it).copied());
+        quantities[0].zip(quantities[1]).filter(|it| it.1 > 0.0)
+    };
+    let (Some((zeros, guests)), Some((off_zeros, off_guests))) = (of(own), of(off)) else {
+        return;
+    };
+    let mapped = (zeros - off_zeros / off_guests * guests).max(0.0);
+    let Some(&ideal) = own.get(&Quantity::Ideal) else {
+        return;
+    };
+    let left = ideal - mapped;
+    if left <= 0.0 {
+        return;
+    }
+    own.insert(Quantity::Ideal, rounded(left));
+    if let Some(share) = own.get_mut(&Quantity::ShareReached) {
+        *share = rounded(*share * ideal / left);
     }
 }
 

@@ -122,6 +122,25 @@ fn the_best_of_kernel_ksm_is_the_one_to_beat() {
 }
 
 #[test]
+fn zeros_that_an_engine_mapped_where_guests_have_nothing_are_not_ideal() {
+    let reached = |more_pages: u64| {
+        let mut all = report();
+        let ours = |run: &&mut Run| run.arm.engine == Engine::Samepage;
+        let run = all.runs.iter_mut().find(ours).unwrap();
+        let oracle = run.oracle.as_mut().unwrap();
+        oracle.touched_pages += more_pages;
+        oracle.zero_pages += more_pages;
+        let summary = Summary::new(&all);
+        let figure = |quantity| summary.comparisons[0].figure(Engine::Samepage, quantity);
+        [Quantity::Ideal, Quantity::ShareReached].map(|it| figure(it).unwrap())
+    };
+    for (without, with) in reached(0).into_iter().zip(reached(256 * 50)) {
+        // Figures are kept with six digits.
+        assert!((with / without - 1.0).abs() < 1e-5, "{with} for {without}");
+    }
+}
+
+#[test]
 fn repeated_runs_count_by_their_median() {
     let mut all = report();
     let idle_off = all.runs[0].clone();
