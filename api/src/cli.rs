@@ -65,6 +65,8 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Show what is shared and what that saves
     Stats(StatsArgs),
+    /// Check this host: what Samepage lacks here, what makes it slow, and how to mend that
+    Doctor(DoctorArgs),
     /// Show same-page merging at work: start VMs, watch their memory fall, verify it
     Demo(DemoArgs),
 }
@@ -249,6 +251,26 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
         Ok(seconds) if (0.1..=86400.0).contains(&seconds) => Ok(seconds),
         _ => Err("must be a number from 0.1 to 86400".to_owned()),
     }
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Looks and changes nothing. Run it as the user that is to run the server.
+
+Exit status:
+  0     nothing is in the way
+  1, 2  samepage failed; wrong arguments
+  3     Samepage can run, but slower, with fewer VMs or less safe than it could
+  4     Samepage cannot run
+
+Examples:
+  samepage doctor
+  samepage doctor --json")]
+pub struct DoctorArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `demo`.

@@ -24,6 +24,7 @@
 //! | [`client`] | the other end of it |
 //! | [`cli`], [`command`] | the command line: arguments, and a module for each command |
 //! | `fuzzing` | any bytes at all, for fuzz targets |
+//! | [`doctor`] | whether a host is fit, and how to mend it |
 //! | [`vm_args`] | the arguments that describe a VM, and the config they make |
 //! | [`limits`], [`signals`] | of the process: open files, sizes of files; what ends it |
 //! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
@@ -47,6 +48,7 @@ pub mod client;
 pub mod command;
 pub mod connections;
 pub mod console_stream;
+pub mod doctor;
 pub mod domain_name;
 pub mod fault;
 pub mod front_door;

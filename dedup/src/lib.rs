@@ -57,6 +57,7 @@
 //! | `racing` | loads from memory that others write to | unsafe |
 //! | `backing` | the kernel behind a trait, and its model for tests | system calls |
 //! | `mapping` | reserved ranges | system calls |
+//! | [`host`] | what the kernel offers, asked before there is an engine | system calls |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
 //! | `fault` | faults on demand, for tests | thin |
@@ -94,6 +95,7 @@ mod fault;
 mod fill;
 mod fingerprint;
 mod group;
+pub mod host;
 mod huge;
 mod item;
 mod items;

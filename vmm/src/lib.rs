@@ -47,6 +47,7 @@
 //! | [`bus`] | MMIO address to device | pure |
 //! | [`events`] | the event loop | thread |
 //! | [`virtio`] | virtio-mmio transport, queues, block device | state |
+//! | [`probe`] | whether KVM can be used, asked before there is a monitor | system calls |
 //! | [`pageload`] | the embedded bare-metal guest | bytes |
 //! | `panics` | text of a caught panic | pure |
 //!
@@ -107,6 +108,7 @@ mod metered;
 pub mod monitor;
 pub mod pageload;
 mod panics;
+pub mod probe;
 mod reaper;
 mod roster;
 pub mod start;

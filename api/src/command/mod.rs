@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod demo;
+pub mod doctor;
 pub mod launch;
 pub mod ps;
 pub mod run;
@@ -79,6 +80,7 @@ pub async fn execute(cli: Cli) -> Result<ExitCode, CommandError> {
         Command::Rm(args) => vm::rm(&client, &args).await?,
         Command::Console(args) => return console::console(&client, &args).await,
         Command::Stats(args) => stats::stats(&client, &args).await?,
+        Command::Doctor(args) => return doctor::doctor(&args).await,
         Command::Demo(args) => return demo::demo(&args).await,
     }
     Ok(ExitCode::SUCCESS)

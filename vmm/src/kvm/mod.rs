@@ -29,4 +29,9 @@ impl KvmError {
     pub(crate) fn of(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
         move |error| KvmError { call, error }
     }
+
+    /// The system's answer, without the call's name.
+    pub(crate) fn to_os_error(&self) -> std::io::Error {
+        std::io::Error::from_raw_os_error(self.error.errno())
+    }
 }

@@ -40,7 +40,7 @@ pub(crate) fn create(kvm: &Kvm, memory: &GuestMemory, logs_dirty: bool) -> Resul
 }
 
 /// `KVM_CREATE_VM` gives up when a signal comes, and on a loaded host one may come each time.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     const ATTEMPTS: u32 = 5;
     let mut attempt = 1;
     loop {

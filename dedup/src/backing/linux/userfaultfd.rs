@@ -31,6 +31,13 @@ const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// Protects pages without memory too (Linux 6.4), as it always does in mappings of the pool: a first
 /// write to one would else go past the protection of the range that it lies in.
 const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+/// All that the engine needs, with the kernel's names.
+const NEEDED_FEATURES: [(u64, &str); 4] = [
+    (UFFD_FEATURE_PAGEFAULT_FLAG_WP, "PAGEFAULT_FLAG_WP"),
+    (UFFD_FEATURE_MISSING_SHMEM, "MISSING_SHMEM"),
+    (UFFD_FEATURE_WP_HUGETLBFS_SHMEM, "WP_HUGETLBFS_SHMEM"),
+    (UFFD_FEATURE_WP_UNPOPULATED, "WP_UNPOPULATED"),
+];
 const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1 << 0;
 const UFFDIO_ZEROPAGE_MODE_DONTWAKE: u64 = 1 << 0;
@@ -48,13 +55,25 @@ pub(crate) struct Userfaultfd {
 impl Userfaultfd {
     /// Opens one by `/dev/userfaultfd`, whose file mode says who may, else by the system call.
     pub(crate) fn open() -> io::Result<Userfaultfd> {
+        let needed = NEEDED_FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
+        let (opened, _) = Self::open_with(needed)?;
+        Ok(opened)
+    }
+
+    /// Names of the features that [`Userfaultfd::open`] asks for and this kernel lacks.
+    pub(crate) fn missing_features() -> io::Result<Vec<&'static str>> {
+        // The kernel tells all it has, also where nothing is asked for.
+        let (_, offered) = Self::open_with(0)?;
+        let missing = NEEDED_FEATURES.iter().filter(|(bit, _)| offered & bit == 0);
+        Ok(missing.map(|(_, name)| *name).collect())
+    }
+
+    /// One that has `features`, and all features that the kernel offers.
+    fn open_with(features: u64) -> io::Result<(Userfaultfd, u64)> {
         let fd = Self::open_by_device().or_else(|_| Self::open_by_system_call())?;
         let mut api = uffdio_api {
             api: UFFD_API,
-            features: UFFD_FEATURE_PAGEFAULT_FLAG_WP
-                | UFFD_FEATURE_MISSING_SHMEM
-                | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
-                | UFFD_FEATURE_WP_UNPOPULATED,
+            features,
             ioctls: 0,
         };
         let opened = Userfaultfd {
@@ -62,7 +81,7 @@ impl Userfaultfd {
             mmap_write_locks: AtomicU64::new(0),
         };
         opened.ioctl(UFFDIO_API, &mut api)?;
-        Ok(opened)
+        Ok((opened, api.features))
     }
 
     fn open_by_device() -> io::Result<OwnedFd> {
