@@ -32,7 +32,8 @@
 //! | [`admission`] | whether a VM may start | pure |
 //! | `roster` | the list of VMs | locks |
 //! | `machine` | a running VM: assembly and teardown, in order | mechanism |
-//! | `drives` | the configuration's drives as devices | mechanism |
+//! | `plug` | the configuration's devices, plugged into a machine | mechanism |
+//! | `drives` | the files of a machine's drives, until they are closed | mechanism |
 //! | [`start`] | the files of a configuration, loaded | files |
 //! | `metered` | a kernel or initrd, loaded as its VM may take memory | files |
 //! | `host_file` | files of the host, opened without side effects | files |
@@ -108,6 +109,7 @@ mod metered;
 pub mod monitor;
 pub mod pageload;
 mod panics;
+mod plug;
 pub mod probe;
 mod reaper;
 mod roster;

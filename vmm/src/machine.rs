@@ -17,7 +17,7 @@ use crate::device::i8042::{self, I8042, NobodyListens};
 use crate::device::irq::IrqLine;
 use crate::device::report::ReportPort;
 use crate::device::serial::{self, SerialPort};
-use crate::drives::{self, Closings, Subscribers};
+use crate::drives::Closings;
 use crate::events::EventRemote;
 use crate::guard::Watch;
 use crate::guard::room::VmAllowance;
@@ -29,6 +29,7 @@ use crate::kvm::gate::Order;
 use crate::kvm::vcpu::{self, OnEnd, Stillness, VcpuThreads};
 use crate::kvm::{KvmError, vm};
 use crate::memory::ram::{Merger, Ram};
+use crate::plug::{self, Subscribers};
 use crate::start::{self, StartError};
 
 /// What a machine takes from its monitor.
@@ -214,7 +215,7 @@ fn assemble_over(
     let vm = Arc::new(vm::create(&host.kvm, memory, ram.wants_dirty_log())?);
     let ports = make_ports(&vm, config, outside)?;
     let mut mmio = MmioBus::new();
-    let subscribers = drives::attach(host, config, outside, (&vm, memory, &mut mmio))?;
+    let subscribers = plug::attach(host, config, outside, (&vm, memory, &mut mmio))?;
     let platform = Arc::new(Platform {
         ports,
         mmio,

@@ -83,7 +83,7 @@ pub enum StartError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// A place for a device.
-    #[error("drives: {0}")]
+    #[error(transparent)]
     Slot(#[from] SlotError),
     /// There is no memory for what it loads.
     #[error(transparent)]

@@ -2,7 +2,7 @@
 
 use linux_loader::cmdline::Cmdline;
 
-use crate::config::{Drive, VmConfig};
+use crate::config::VmConfig;
 use crate::virtio::{Slot, SlotError};
 
 /// Longest command line in bytes without its final NUL: what 64-bit Linux takes
@@ -16,16 +16,9 @@ pub enum CmdlineError {
     /// Too long, or not what a command line may hold.
     #[error("boot_args: {0}, at most {CMDLINE_LEN_MAX} characters with what the devices add")]
     Text(#[from] linux_loader::cmdline::Error),
-    /// More drives than places for them.
-    #[error("drives: {0}")]
+    /// More devices than places for them.
+    #[error(transparent)]
     Slot(#[from] SlotError),
-}
-
-/// The drives in the order the guest finds them: the root device first, hence `/dev/vda`.
-pub fn ordered_drives(config: &VmConfig) -> Vec<&Drive> {
-    let mut drives: Vec<&Drive> = config.drives.iter().collect();
-    drives.sort_by_key(|drive| !drive.is_root_device);
-    drives
 }
 
 /// Composes the command line: `boot_args`, `root=` and `ro` or `rw` for a root drive, one
@@ -35,10 +28,10 @@ pub fn ordered_drives(config: &VmConfig) -> Vec<&Drive> {
 /// takes the last of several, which would be ours.
 ///
 /// # Errors
-/// [`CmdlineError`] when the whole is longer than [`CMDLINE_LEN_MAX`] or there are too many drives.
+/// [`CmdlineError`] when the whole is longer than [`CMDLINE_LEN_MAX`] or there are too many devices.
 pub fn compose(config: &VmConfig) -> Result<Cmdline, CmdlineError> {
     let mut cmdline = Cmdline::try_from(config.boot_source.boot_args(), CMDLINE_LEN_MAX + 1)?;
-    let drives = ordered_drives(config);
+    let drives = config.ordered_drives();
     if let Some(root) = drives.first().filter(|drive| drive.is_root_device) {
         let root_arg = match &root.partuuid {
             Some(uuid) => format!("root=PARTUUID={uuid}"),
@@ -52,7 +45,7 @@ pub fn compose(config: &VmConfig) -> Result<Cmdline, CmdlineError> {
             cmdline.insert_str(if root.is_read_only { "ro" } else { "rw" })?;
         }
     }
-    for index in 0..drives.len() {
+    for index in 0..config.virtio_devices().len() {
         cmdline.insert_str(Slot::new(index)?.kernel_parameter())?;
     }
     Ok(cmdline)
@@ -80,6 +73,7 @@ impl<'a> KernelWords<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Drive;
 
     fn drive(id: &str, is_root_device: bool) -> Drive {
         let json = format!(
@@ -109,7 +103,7 @@ mod tests {
         let mut config = VmConfig::new("k");
         config.boot_source.boot_args = Some("quiet -- arg".to_owned());
         config.drives = vec![drive("data", false), drive("rootfs", true)];
-        assert_eq!(ordered_drives(&config)[0].drive_id, "rootfs");
+        assert_eq!(config.ordered_drives()[0].drive_id, "rootfs");
         assert_eq!(
             text(&config),
             "quiet root=/dev/vda rw virtio_mmio.device=4K@0xd0000000:5 \

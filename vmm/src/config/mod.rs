@@ -5,6 +5,7 @@
 //! knows and Samepage does not support yet is refused by name when it asks for something, never
 //! silently ignored.
 
+mod devices;
 mod drive;
 mod machine;
 mod merge_mode;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use devices::VirtioDevice;
 pub use drive::{CacheType, Drive, DriveSamepage, IoEngine};
 pub use machine::{HugePages, MEM_SIZE_MIB_MAX, MachineConfig, VCPU_COUNT_MAX};
 pub use merge_mode::MergeMode;

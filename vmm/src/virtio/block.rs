@@ -10,7 +10,6 @@ mod disk;
 mod image_format;
 mod lane;
 mod request;
-mod segments;
 mod transfer;
 
 use std::fmt;

@@ -1,4 +1,4 @@
-//! The guest's side of a block device, for fuzz targets and the tests that run the same.
+//! The guest's side of a device, for fuzz targets and the tests that run the same.
 //!
 //! Everything here is what a guest can do: access registers, write its memory, ring doorbells.
 
@@ -17,7 +17,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::lock;
 use super::{
-    Allowance, Block, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport, Unbounded,
+    Allowance, Block, Device, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport,
+    Unbounded,
 };
 use crate::bus::MmioDevice;
 use crate::config::{CacheType, Drive, DriveSamepage, IoEngine, Unsupported};
@@ -85,38 +86,59 @@ impl Allowance for InTurn {
     fn ring_later(&self, _doorbells: &Doorbells, _queue: usize) {}
 }
 
-/// A guest with one block device. Panics are findings, so it panics freely itself.
+/// A guest with one device. Panics are findings, so it panics freely itself.
 #[derive(Debug)]
-pub struct Guest {
+pub struct Guest<D> {
     /// What its vCPUs reach.
-    pub registers: Transport<Block>,
+    pub registers: Transport<D>,
     /// What its doorbells wake.
-    pub worker: QueueWorker<Block>,
+    pub worker: QueueWorker<D>,
     /// What both work on.
-    pub device: Arc<Mutex<Block>>,
+    pub device: Arc<Mutex<D>>,
     /// Its memory.
     pub memory: Arc<GuestMemory>,
     /// What it hears of the device.
     pub interrupt: Arc<Interrupt>,
 }
 
-impl Guest {
+impl Guest<Block> {
     /// A guest with `disk`, before its driver starts.
-    pub fn new(disk: Disk) -> Guest {
+    pub fn new(disk: Disk) -> Guest<Block> {
         Guest::allowed(disk, Arc::new(Unbounded))
     }
 
-    /// A guest whose device takes memory by leave of `allowance`.
+    /// A guest whose disk takes memory by leave of `allowance`.
+    pub(crate) fn allowed(disk: Disk, allowance: Arc<dyn Allowance>) -> Guest<Block> {
+        Guest::with(Block::new(disk, allowance.clone()), allowance)
+    }
+
+    /// Serves the queue until nothing of it waits for storage.
+    pub(crate) fn serve(&mut self) {
+        loop {
+            self.worker.serve(0);
+            let closing = lock(&self.device).closing();
+            if !closing.settle() {
+                break;
+            }
+        }
+    }
+}
+
+impl<D: Device> Guest<D> {
+    /// A guest with `device`, whose queues are served by leave of `allowance`.
     #[expect(clippy::expect_used, reason = "only in tests and fuzz targets")]
-    pub(crate) fn allowed(disk: Disk, allowance: Arc<dyn Allowance>) -> Guest {
+    pub(crate) fn with(device: D, allowance: Arc<dyn Allowance>) -> Guest<D> {
         let ranges = [
             (GuestAddress(0), LOW_BYTES),
             (GuestAddress(HIGH_START), HIGH_BYTES),
         ];
         let memory = Arc::new(GuestMemory::from_ranges(&ranges).expect("guest memory"));
-        let device = Arc::new(Mutex::new(Block::new(disk, allowance.clone())));
+        let queues = device.queue_max_sizes().len();
+        let device = Arc::new(Mutex::new(device));
         let interrupt = Arc::new(Interrupt::new().expect("eventfd"));
-        let doorbells: Arc<[EventFd]> = Arc::new([EventFd::new(EFD_NONBLOCK).expect("eventfd")]);
+        let doorbells: Doorbells = (0..queues)
+            .map(|_| EventFd::new(EFD_NONBLOCK).expect("eventfd"))
+            .collect();
         let label: Arc<str> = Arc::from("fuzz");
         Guest {
             registers: Transport::new(
@@ -141,7 +163,7 @@ impl Guest {
 
     /// The worker, to be run on another thread; this guest's doorbells wake nobody afterwards.
     #[cfg(test)]
-    pub(crate) fn take_worker(&mut self) -> QueueWorker<Block> {
+    pub(crate) fn take_worker(&mut self) -> QueueWorker<D> {
         let doorbells: Arc<[EventFd]> = Arc::new([]);
         let label = Arc::from("taken");
         let nobody = QueueWorker::new(
@@ -152,17 +174,6 @@ impl Guest {
             Arc::new(Unbounded),
         );
         std::mem::replace(&mut self.worker, nobody)
-    }
-
-    /// Serves the queue until nothing of it waits for storage.
-    pub(crate) fn serve(&mut self) {
-        loop {
-            self.worker.serve(0);
-            let closing = lock(&self.device).closing();
-            if !closing.settle() {
-                break;
-            }
-        }
     }
 
     pub(crate) fn read(&mut self, offset: u32) -> u32 {
@@ -285,7 +296,7 @@ pub fn requests(disk: Disk, features: u64, input: &[u8]) {
     served(Guest::new(disk), features, input);
 }
 
-fn served(mut guest: Guest, features: u64, input: &[u8]) {
+fn served(mut guest: Guest<Block>, features: u64, input: &[u8]) {
     guest.set_up(features);
     let (table, headers) = input.split_at(input.len().min(8 * usize::from(QUEUE_SIZE)));
     for (index, header) in (0_u64..).zip(headers.as_chunks::<4>().0) {

@@ -29,6 +29,8 @@
 //! | `interrupt` | the interrupt status register and the irqfd |
 //! | `ring` | serving a queue within a budget |
 //! | `worker` | doorbell to device |
+//! | `chain` | a descriptor chain as buffers to read and buffers to fill |
+//! | `segments` | buffers as a list of ranges |
 //! | `log_limit` | a bound on what a guest can make us log |
 //! | `block` | virtio-block over a raw file |
 //!
@@ -41,6 +43,7 @@
 mod allowance;
 mod attach;
 mod block;
+mod chain;
 mod device;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
@@ -48,6 +51,7 @@ mod interrupt;
 mod log_limit;
 mod queue_registers;
 mod ring;
+mod segments;
 mod status;
 mod transport;
 mod worker;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use dedup::{Engine, Pace, Run, Settings};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::segments::Segments;
 use super::disk::Disk;
-use super::segments::Segments;
 use super::transfer::{DiskIo, Moved, Position};
 use crate::memory::ram::{Merger, Ram};
 use crate::virtio::{Unbounded, fuzzing};

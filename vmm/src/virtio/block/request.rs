@@ -8,10 +8,11 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestAddress, GuestMemoryError};
 
 use super::super::GuestMemory;
-use super::segments::{Segments, TooShort};
+use super::super::chain::{Buffers, CHAIN_LENGTH_MAX, ChainError};
+use super::super::segments::{Segments, TooShort};
 
-/// Descriptors in the queue; also the longest chain (2.7.5.3.1, with or without an indirect table).
-pub(crate) const QUEUE_SIZE: u16 = 256;
+/// Descriptors in the queue; also the longest chain.
+pub(crate) const QUEUE_SIZE: u16 = CHAIN_LENGTH_MAX;
 /// Bytes of the header: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
 
@@ -53,16 +54,8 @@ pub(crate) struct Request {
 /// Why a chain is no request.
 #[derive(Debug, Error)]
 pub(crate) enum RequestError {
-    #[error("request chain of more than {QUEUE_SIZE} descriptors")]
-    TooManyDescriptors,
-    #[error(
-        "request chain without an end: a loop, or a link or descriptor that cannot be followed"
-    )]
-    Broken,
-    #[error("request buffer at {0:#x} wraps around the end of memory")]
-    Wraps(u64),
-    #[error("request with a readable buffer after a writable one")]
-    Order,
+    #[error("request {0}")]
+    Chain(#[from] ChainError),
     #[error("request header: {0}")]
     Header(#[source] TooShort),
     #[error("request header: {0}")]
@@ -77,27 +70,10 @@ impl Request {
         chain: impl Iterator<Item = Descriptor>,
         memory: &GuestMemory,
     ) -> Result<Request, RequestError> {
-        let (mut readable, mut writable) = (Segments::default(), Segments::default());
-        let mut is_complete = false;
-        for (index, descriptor) in chain.enumerate() {
-            if index >= usize::from(QUEUE_SIZE) {
-                return Err(RequestError::TooManyDescriptors);
-            }
-            is_complete = !descriptor.has_next();
-            let side = match descriptor.is_write_only() {
-                true => &mut writable,
-                false if writable.parts().is_empty() => &mut readable,
-                false => return Err(RequestError::Order),
-            };
-            let address = descriptor.addr();
-            side.push(address, descriptor.len())
-                .ok_or(RequestError::Wraps(address.0))?;
-        }
-        // The iterator ends in silence at what it cannot follow. What it gave so far must not pass
-        // for a request: its last byte would be taken for the status.
-        if !is_complete {
-            return Err(RequestError::Broken);
-        }
+        let Buffers {
+            mut readable,
+            mut writable,
+        } = Buffers::of(chain)?;
         let header = readable
             .take_front(HEADER_BYTES as u64)
             .map_err(RequestError::Header)?;

@@ -38,7 +38,7 @@ fn file() -> tempfile::NamedTempFile {
 }
 
 pub(super) struct Bench {
-    pub(super) guest: Guest,
+    pub(super) guest: Guest<Block>,
     file: tempfile::NamedTempFile,
     next_avail: u16,
 }

@@ -9,10 +9,10 @@ use std::io;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use vm_memory::Bytes;
 
+use super::super::segments::Segments;
 use super::super::{Allowance, Doorbells, GuestMemory};
 use super::disk::{Disk, DiskFacts, DiskFault};
 use super::lane::{Closing, Lane, Operation, Polled};
-use super::segments::Segments;
 use crate::config::CacheType;
 
 /// Most bytes of a chunk: what a drive holds of the host's memory beside its guest's.

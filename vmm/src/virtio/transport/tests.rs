@@ -1,6 +1,6 @@
 use super::*;
-use crate::virtio::Disk;
 use crate::virtio::fuzzing::{self, DESCRIPTORS, Guest};
+use crate::virtio::{Block, Disk};
 use proptest::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
@@ -15,7 +15,7 @@ fn disk_that_is(read_only: bool) -> Disk {
     Disk::open(&fuzzing::drive("disk", file.path(), read_only)).unwrap()
 }
 
-fn guest() -> Guest {
+fn guest() -> Guest<Block> {
     Guest::new(disk())
 }
 

@@ -3,7 +3,7 @@
 use thiserror::Error;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
-use super::super::GuestMemory;
+use super::GuestMemory;
 
 /// A range of guest memory that does not wrap around; whether all of it is memory shows when it is
 /// used.

@@ -1,0 +1,109 @@
+//! Devices of the configuration, plugged into a machine.
+
+use std::sync::Arc;
+
+use event_manager::SubscriberId;
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+use crate::bus::MmioBus;
+use crate::config::{VirtioDevice, VmConfig};
+use crate::events::{EventRemote, OnPanic};
+use crate::kvm::KvmError;
+use crate::machine::{Host, Outside};
+use crate::memory::GuestMemory;
+use crate::start::StartError;
+use crate::state::EndReason;
+use crate::virtio::{Attachment, Disk, Slot, attach_block};
+
+/// Where devices are plugged in: interrupts and doorbells, memory, registers.
+pub(crate) type Sockets<'a> = (&'a VmFd, &'a GuestMemory, &'a mut MmioBus);
+
+/// The device queues of a VM on the event loop; taken off it when dropped.
+#[derive(Debug)]
+pub(crate) struct Subscribers {
+    events: EventRemote,
+    ids: Vec<SubscriberId>,
+}
+
+impl Drop for Subscribers {
+    fn drop(&mut self) {
+        let ids = std::mem::take(&mut self.ids);
+        if let Err(error) = self.events.remove(ids) {
+            log::error!("cannot take a vm's devices off the event loop: {error}");
+        }
+    }
+}
+
+/// Opens what each device needs of the host and plugs it in, in the order that the command line
+/// announces.
+///
+/// On an error the devices plugged in so far are taken off the event loop again.
+pub(crate) fn attach(
+    host: &Host,
+    config: &VmConfig,
+    outside: &Outside,
+    sockets: Sockets<'_>,
+) -> Result<Subscribers, StartError> {
+    let (vm, memory, mmio) = sockets;
+    let mut subscribers = Subscribers {
+        events: host.events.clone(),
+        ids: Vec::new(),
+    };
+    for (index, device) in config.virtio_devices().into_iter().enumerate() {
+        let slot = Slot::new(index)?;
+        let label = format!("{}/{}", outside.id, device.name());
+        let parts = make(slot, &label, device, (memory, outside))?;
+        let id = plug_in(vm, mmio, &host.events, parts, on_panic(outside, label))?;
+        subscribers.ids.push(id);
+    }
+    Ok(subscribers)
+}
+
+fn make(
+    slot: Slot,
+    label: &str,
+    device: VirtioDevice<'_>,
+    (memory, outside): (&GuestMemory, &Outside),
+) -> Result<Attachment, StartError> {
+    let memory = Arc::new(memory.clone());
+    let allowance = outside.allowance.clone();
+    match device {
+        VirtioDevice::Drive(drive) => {
+            let disk = Disk::open_locked(drive)?;
+            let (parts, closing) =
+                attach_block(slot, label, disk, memory, allowance).map_err(StartError::EventFd)?;
+            outside.closings.add(closing);
+            Ok(parts)
+        }
+    }
+}
+
+fn plug_in(
+    vm: &VmFd,
+    mmio: &mut MmioBus,
+    events: &EventRemote,
+    device: Attachment,
+    on_panic: OnPanic,
+) -> Result<SubscriberId, StartError> {
+    let Attachment {
+        slot,
+        registers,
+        doorbells,
+        irq_event,
+        subscriber,
+    } = device;
+    for doorbell in doorbells {
+        let address = IoEventAddress::Mmio(doorbell.address);
+        vm.register_ioevent(&doorbell.event, &address, doorbell.queue)
+            .map_err(KvmError::of("KVM_IOEVENTFD"))?;
+    }
+    vm.register_irqfd(&irq_event, slot.irq())
+        .map_err(KvmError::of("KVM_IRQFD"))?;
+    mmio.insert(slot.base(), slot.size_bytes(), registers)?;
+    Ok(events.add(subscriber, on_panic)?)
+}
+
+fn on_panic(outside: &Outside, label: String) -> OnPanic {
+    let on_end = outside.on_end.clone();
+    Box::new(move |text| on_end(EndReason::Error(format!("device {label} panicked: {text}"))))
+}
