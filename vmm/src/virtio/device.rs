@@ -1,5 +1,6 @@
 //! What the transport and the worker need to know of a device.
 
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::Queue;
@@ -37,8 +38,26 @@ pub trait Device: Send {
     /// The ring itself is not usable. The worker then resets the device and tells the driver.
     fn process_queue(&mut self, index: usize) -> Result<Progress, RingError>;
 
+    /// What has a queue served besides its doorbell: a timer of a rate limiter, packets that came.
+    /// Asked for once, before a driver is there.
+    fn wakers(&self) -> Vec<Waker> {
+        Vec::new()
+    }
+
     /// Goes back to the state before [`Device::activate`], letting go of queues and guest memory.
     fn reset(&mut self);
+}
+
+/// A descriptor of a device's that has a queue served when it becomes readable.
+///
+/// It is watched edge-triggered: a device that can't take what is there (no buffers, no leave, a
+/// limit) leaves it there, and is woken by what comes next, or by its doorbell, not again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waker {
+    /// The descriptor, which stays open for as long as the device exists.
+    pub fd: RawFd,
+    /// The queue.
+    pub queue: u32,
 }
 
 /// What a driver and the transport agreed on.

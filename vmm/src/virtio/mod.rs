@@ -59,7 +59,7 @@ mod worker;
 pub use allowance::{Allowance, Doorbells, Unbounded};
 pub use attach::{Attachment, Doorbell, Slot, SlotError, attach, attach_block};
 pub use block::{Block, Closing, Disk, DiskError};
-pub use device::{Activation, Device};
+pub use device::{Activation, Device, Waker};
 pub use interrupt::Interrupt;
 pub use log_limit::LogLimit;
 pub use ring::{Budget, Progress, RingError, Served};

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::device::lock;
-use super::{Allowance, Device, Doorbells, Interrupt, LogLimit};
+use super::{Allowance, Device, Doorbells, Interrupt, LogLimit, Waker};
 
-/// Serves the queues of one device when their doorbells ring.
+/// Serves the queues of one device when their doorbells ring, or the device's own wakers.
 ///
 /// It belongs on one event loop. Dropping it (after the loop let go of it) drops its share of the
 /// device.
@@ -96,6 +96,17 @@ impl<D: Device> MutEventSubscriber for QueueWorker<D> {
                 log::error!("{}: cannot watch queue {index}: {error}", self.label);
             }
         }
+        // The device lives for at least as long as this worker, and so do its descriptors.
+        let wakers = lock(&self.device).wakers();
+        for Waker { fd, queue } in wakers {
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            if let Err(error) = ops.add(Events::with_data_raw(fd, queue, events)) {
+                log::error!(
+                    "{}: cannot watch fd {fd} of queue {queue}: {error}",
+                    self.label
+                );
+            }
+        }
     }
 }
 
@@ -104,6 +115,7 @@ mod tests {
     use super::*;
     use crate::virtio::{Activation, Progress, RingError, Unbounded};
     use event_manager::{EventManager, SubscriberOps};
+    use std::os::fd::AsRawFd;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -113,6 +125,7 @@ mod tests {
         answers: Vec<Result<Progress, RingError>>,
         served: Vec<usize>,
         resets: u32,
+        wakers: Vec<Waker>,
     }
 
     impl Device for Scripted {
@@ -130,6 +143,9 @@ mod tests {
         fn process_queue(&mut self, index: usize) -> Result<Progress, RingError> {
             self.served.push(index);
             self.answers.pop().unwrap_or(Ok(Progress::default()))
+        }
+        fn wakers(&self) -> Vec<Waker> {
+            self.wakers.clone()
         }
         fn reset(&mut self) {
             self.resets += 1;
@@ -151,10 +167,15 @@ mod tests {
         answers: Vec<Result<Progress, RingError>>,
         allowance: Arc<dyn Allowance>,
     ) -> Bench {
-        let device = Arc::new(Mutex::new(Scripted {
+        let device = Scripted {
             answers,
             ..Scripted::default()
-        }));
+        };
+        bench_of(device, allowance)
+    }
+
+    fn bench_of(device: Scripted, allowance: Arc<dyn Allowance>) -> Bench {
+        let device = Arc::new(Mutex::new(device));
         let doorbells: Arc<[EventFd]> = (0..2)
             .map(|_| EventFd::new(EFD_NONBLOCK).unwrap())
             .collect();
@@ -265,6 +286,27 @@ mod tests {
         bench.events.run_with_timeout(1000).unwrap();
         assert_eq!(bench.events.run_with_timeout(0), Ok(0), "it does not spin");
         assert_eq!(told.put_off.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_waker_has_its_queue_served_once_each_time_something_comes() {
+        let packets = EventFd::new(EFD_NONBLOCK).unwrap();
+        let waker = Waker {
+            fd: packets.as_raw_fd(),
+            queue: 1,
+        };
+        let device = Scripted {
+            wakers: vec![waker],
+            ..Scripted::default()
+        };
+        let mut bench = bench_of(device, Arc::new(Unbounded));
+        for turn in 1..3 {
+            packets.write(1).unwrap();
+            assert_eq!(bench.events.run_with_timeout(1000), Ok(1));
+            // Nobody reads what came.
+            assert_eq!(bench.events.run_with_timeout(0), Ok(0), "it does not spin");
+            assert_eq!(bench.device.lock().unwrap().served, vec![1; turn]);
+        }
     }
 
     #[test]
