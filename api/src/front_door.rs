@@ -94,6 +94,7 @@ impl FrontDoor {
             Request::DescribeVm(id)
             | Request::DeleteVm(id)
             | Request::ActOnVm(id, _)
+            | Request::ConfigureVm(id, _)
             | Request::SetVmState(id, _)
             | Request::DescribeVmConfig(id)
             | Request::DescribeVmMerge(id)
@@ -115,6 +116,11 @@ impl FrontDoor {
             Request::DescribeVm(id) => self.describe_vm(&id),
             Request::DeleteVm(id) => self.delete(&id),
             Request::ActOnVm(id, action) => self.act(&id, action),
+            Request::ConfigureVm(id, part) => {
+                let monitor = self.monitor_of(&id)?;
+                monitor.configure(&id, &part).map_err(|e| refusal(&e))?;
+                Ok(Reply::Empty)
+            }
             Request::SetVmState(id, state) => self.set_state(&id, state),
             Request::DescribeVmConfig(id) => {
                 let monitor = self.monitor_of(&id)?;

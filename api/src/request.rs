@@ -3,7 +3,7 @@
 use dedup::{AdvisorMode, Pace, Run};
 use serde::{Deserialize, Deserializer, Serialize};
 use vmm::VmId;
-use vmm::config::VmConfig;
+use vmm::config::{ConfigPart, VmConfig};
 
 use crate::domain_name::DomainName;
 
@@ -24,6 +24,8 @@ pub enum Request {
     DeleteVm(VmId),
     /// `PUT /vms/{id}/actions`
     ActOnVm(VmId, ActionType),
+    /// `PUT /vms/{id}/entropy`: a part of the configuration, before the start
+    ConfigureVm(VmId, ConfigPart),
     /// `PATCH /vms/{id}/vm`
     SetVmState(VmId, DesiredState),
     /// `GET /vms/{id}/config` and, as Firecracker names it, `GET /vms/{id}/vm/config`

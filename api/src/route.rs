@@ -6,6 +6,7 @@ use hyper::Method;
 use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 use vmm::VmId;
+use vmm::config::ConfigPart;
 
 use crate::domain_name::DomainName;
 use crate::fault::Fault;
@@ -18,6 +19,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/vms"),
     ("GET, PUT, DELETE", "/vms/{id}"),
     ("PUT", "/vms/{id}/actions"),
+    ("PUT", "/vms/{id}/entropy"),
     ("PATCH", "/vms/{id}/vm"),
     ("GET", "/vms/{id}/vm/config"),
     ("GET", "/vms/{id}/config"),
@@ -124,6 +126,10 @@ fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Requ
         ("/vms/{id}/actions", &Method::PUT) => {
             let ActionBody { action_type } = call.json()?;
             Ok(Some(Request::ActOnVm(id, action_type)))
+        }
+        ("/vms/{id}/entropy", &Method::PUT) => {
+            let part = ConfigPart::Entropy(call.json()?);
+            Ok(Some(Request::ConfigureVm(id, part)))
         }
         ("/vms/{id}/vm", &Method::PATCH) => {
             let StateBody { state } = call.json()?;

@@ -27,6 +27,7 @@ fn body_for(method: &Method, template: &str) -> &'static str {
     match (method, template) {
         (&Method::PUT, "/vms/{id}") => CONFIG,
         (&Method::PUT, "/vms/{id}/actions") => r#"{"action_type": "InstanceStart"}"#,
+        (&Method::PUT, "/vms/{id}/entropy") => r#"{"rate_limiter": null}"#,
         (&Method::PATCH, "/vms/{id}/vm") => r#"{"state": "Paused"}"#,
         (&Method::PATCH, "/merge/{domain}") => r#"{"run": "merge"}"#,
         _ => "",

@@ -45,6 +45,11 @@ pub struct VmArgs {
     #[arg(long = "drive", value_name = "PATH[:OPTION,...]")]
     pub drives: Vec<DriveArg>,
 
+    /// A source of random bytes for the guest (virtio-rng); a limit for it can be set in the config
+    /// file
+    #[arg(long)]
+    pub entropy: bool,
+
     /// The merge domain; VMs share memory only with those of the same domain
     #[arg(long, value_name = "NAME")]
     pub merge_domain: Option<MergeDomain>,
@@ -261,6 +266,9 @@ fn apply(args: &VmArgs, config: &mut Map<String, Value>) -> Result<(), VmArgsErr
         machine.entry("mem_size_mib").or_insert_with(|| json!(128));
     }
     add_drives(args, config);
+    if args.entropy && config.get("entropy").is_none_or(Value::is_null) {
+        config.insert("entropy".to_owned(), json!({}));
+    }
     Ok(())
 }
 
@@ -382,6 +390,23 @@ mod tests {
         assert_eq!(roots(&["a", "b"]), [true, false]);
         assert_eq!(roots(&["a", "b:root"]), [false, true]);
         assert_eq!(roots(&["a:noroot", "b"]), [false, false]);
+    }
+
+    #[test]
+    fn a_source_of_random_bytes_is_asked_for_by_a_flag_and_limited_by_the_file() {
+        let args = VmArgs {
+            entropy: true,
+            ..kernel("k")
+        };
+        let entropy = |args: &VmArgs| to_config(args).unwrap().entropy;
+        assert_eq!(entropy(&kernel("k")), None);
+        assert!(entropy(&args).unwrap().rate_limiter.is_none());
+        let (_file, mut args) = config_file(
+            r#"{"boot-source": {"kernel_image_path": "/k"},
+                "entropy": {"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}}"#,
+        );
+        args.entropy = true;
+        assert!(entropy(&args).unwrap().rate_limiter.is_some());
     }
 
     #[test]

@@ -41,13 +41,14 @@
 //! | [`ksm`] | kernel KSM: whether it is there, what it tells | files |
 //! | [`info`], [`error`] | what is told about VMs and errors | pure |
 //! | [`console`] | output ring, readers, input | locks |
+//! | [`rate_limiter`] | token buckets | pure |
 //! | [`memory`] | address space layout; RAM over one host mapping | pure, unsafe |
 //! | [`boot`] | kernel, initrd, command line, tables in guest memory | pure |
 //! | `kvm` | VM, vCPU set-up and threads, gate and kick, exits | system calls, unsafe |
 //! | `device` | port-mapped devices | state |
 //! | [`bus`] | MMIO address to device | pure |
 //! | [`events`] | the event loop | thread |
-//! | [`virtio`] | virtio-mmio transport, queues, block device | state |
+//! | [`virtio`] | virtio-mmio transport, queues, block and entropy devices | state |
 //! | [`probe`] | whether KVM can be used, asked before there is a monitor | system calls |
 //! | [`pageload`] | the embedded bare-metal guest | bytes |
 //! | `panics` | text of a caught panic | pure |
@@ -67,7 +68,8 @@
 //! 1. the *list of VMs* (`roster`): short; never held over a request to a VM, except to have
 //!    it forgotten.
 //! 2. the *cell* of a VM (`Vm::cell`): its state and its machine. Not held while vCPUs come to stand
-//!    still: one may be in the kernel for long.
+//!    still: one may be in the kernel for long. Its *configuration* (`Vm::config`) is a leaf, read with
+//!    or without the cell, and replaced under it.
 //! 3. the *gate* of a VM (`kvm::gate`).
 //! 4. the *kick* of a vCPU (`kvm::run_page`): leaf, around one store.
 //! 5. *devices*: a virtio device's registers, then the device (see [`virtio`]); the serial port;
@@ -111,6 +113,7 @@ pub mod pageload;
 mod panics;
 mod plug;
 pub mod probe;
+pub mod rate_limiter;
 mod reaper;
 mod roster;
 pub mod start;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::admission::Claims;
-use crate::config::{HugePages, VmConfig};
+use crate::config::{ConfigPart, HugePages, VmConfig};
 use crate::console::Console;
 use crate::error::MonitorError;
 use crate::events::EventLoop;
@@ -157,6 +157,15 @@ impl Monitor {
         Ok(())
     }
 
+    /// Sets a part of the configuration of a VM that was not started yet.
+    ///
+    /// # Errors
+    /// [`MonitorError::AlreadyStarted`], [`MonitorError::Config`] when the configuration makes no
+    /// sense with it, which is as before then.
+    pub fn configure(&self, id: &VmId, part: &ConfigPart) -> Result<(), MonitorError> {
+        self.find(id)?.configure(part)
+    }
+
     /// Loads a VM's kernel and runs it. On failure the VM stays not started and nothing is left.
     ///
     /// # Errors
@@ -243,7 +252,7 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::NotFound`].
     pub fn config(&self, id: &VmId) -> Result<VmConfig, MonitorError> {
-        Ok(self.find(id)?.config().clone())
+        Ok(VmConfig::clone(&*self.find(id)?.config()))
     }
 
     /// Where kernel KSM merges memory of this monitor's VMs, for [`KsmStats::read`].

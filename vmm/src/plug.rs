@@ -13,7 +13,7 @@ use crate::machine::{Host, Outside};
 use crate::memory::GuestMemory;
 use crate::start::StartError;
 use crate::state::EndReason;
-use crate::virtio::{Attachment, Disk, Slot, attach_block};
+use crate::virtio::{self, Attachment, Disk, Entropy, Slot, Throttle, attach_block};
 
 /// Where devices are plugged in: interrupts and doorbells, memory, registers.
 pub(crate) type Sockets<'a> = (&'a VmFd, &'a GuestMemory, &'a mut MmioBus);
@@ -74,6 +74,11 @@ fn make(
                 attach_block(slot, label, disk, memory, allowance).map_err(StartError::EventFd)?;
             outside.closings.add(closing);
             Ok(parts)
+        }
+        VirtioDevice::Entropy(entropy) => {
+            let throttle = Throttle::new(entropy.rate_limiter.as_ref());
+            let device = Entropy::new(throttle.map_err(StartError::EventFd)?, allowance.clone());
+            virtio::attach(slot, label, device, memory, allowance).map_err(StartError::EventFd)
         }
     }
 }

@@ -76,8 +76,8 @@ pub enum StartError {
     /// The event loop.
     #[error(transparent)]
     Events(#[from] EventsError),
-    /// An interrupt line or another descriptor could not be made.
-    #[error("cannot make an eventfd: {0}")]
+    /// An interrupt line or a timer could not be made.
+    #[error("cannot make an eventfd or a timer: {0}")]
     EventFd(#[source] std::io::Error),
     /// A drive's file.
     #[error(transparent)]

@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use dedup::{MergedNow, RegionStats};
 
-use crate::config::{MergeMode, VmConfig};
+use crate::config::{ConfigPart, MergeMode, VmConfig};
 use crate::console::Console;
 use crate::device::report::ReportPort;
 use crate::error::MonitorError;
@@ -33,7 +33,8 @@ pub(crate) struct Corpse {
 /// One VM of a monitor.
 pub(crate) struct Vm {
     id: VmId,
-    config: VmConfig,
+    /// Replaced as a whole, and only before the start.
+    config: Mutex<Arc<VmConfig>>,
     console: Console,
     report: Arc<ReportPort>,
     reaper: Sender<Corpse>,
@@ -70,7 +71,7 @@ impl Vm {
         };
         Vm {
             id,
-            config,
+            config: Mutex::new(Arc::new(config)),
             console: Console::new(),
             report: Arc::default(),
             reaper,
@@ -88,8 +89,35 @@ impl Vm {
         &self.id
     }
 
-    pub(crate) fn config(&self) -> &VmConfig {
-        &self.config
+    pub(crate) fn config(&self) -> Arc<VmConfig> {
+        self.lock_config().clone()
+    }
+
+    fn lock_config(&self) -> MutexGuard<'_, Arc<VmConfig>> {
+        // Replaced by one assignment: whole after any panic.
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets a part of the configuration of a VM that was not started, if the whole is valid then.
+    pub(crate) fn configure(&self, part: &ConfigPart) -> Result<(), MonitorError> {
+        let id = || self.id.clone();
+        let cell = self.lock();
+        if cell.is_forgotten {
+            return Err(MonitorError::NotFound(id()));
+        }
+        if cell.state != VmState::NotStarted || cell.starting.is_some() {
+            let state = cell.state.clone();
+            return Err(MonitorError::AlreadyStarted { id: id(), state });
+        }
+        // Lock order: cell -> configuration.
+        let mut current = self.lock_config();
+        let mut config = VmConfig::clone(&current);
+        config.set(part);
+        config
+            .validate()
+            .map_err(|error| MonitorError::Config { id: id(), error })?;
+        *current = Arc::new(config);
+        Ok(())
     }
 
     pub(crate) fn console(&self) -> &Console {
@@ -101,14 +129,15 @@ impl Vm {
     }
 
     pub(crate) fn info(&self) -> VmInfo {
+        let config = self.config();
         VmInfo {
             id: self.id.clone(),
             state: self.state(),
-            merge_domain: self.config.samepage.merge_domain.clone(),
-            merge: self.config.samepage.merge,
-            mem_size_bytes: self.config.mem_size_bytes(),
-            vcpu_count: self.config.machine_config.vcpu_count,
-            oom_priority: self.config.samepage.oom_priority,
+            merge_domain: config.samepage.merge_domain.clone(),
+            merge: config.samepage.merge,
+            mem_size_bytes: config.mem_size_bytes(),
+            vcpu_count: config.machine_config.vcpu_count,
+            oom_priority: config.samepage.oom_priority,
             report: self.report.report(),
         }
     }
@@ -141,7 +170,7 @@ impl Vm {
         // Without the lock: it takes as long as reading all of the memory.
         let merged = merger.map(|merger| merger.merge_now());
         merged
-            .ok_or_else(|| match self.config.samepage.merge {
+            .ok_or_else(|| match self.config().samepage.merge {
                 MergeMode::Ksm => MonitorError::MergedByKernel(id.clone()),
                 MergeMode::On | MergeMode::Off => MonitorError::NotMerged(id.clone()),
             })?
@@ -150,11 +179,13 @@ impl Vm {
 
     /// Assembles the machine and lets it run. On failure the VM is as before.
     pub(crate) fn start(self: &Arc<Vm>, host: &Host) -> Result<(), MonitorError> {
-        let page_bytes = self.config.page_bytes();
+        let page_bytes = self.config().page_bytes();
         let allowance = Arc::new(VmAllowance::new(&host.watch, page_bytes));
         let running = self.begin_start(&allowance)?;
         // Without the lock: loading a kernel takes a while, and `list` should not wait for it.
         let _starting = Starting(self);
+        // Nothing of it changes from here on: the start is under way.
+        let config = self.config();
         let outside = Outside {
             id: self.id.clone(),
             console: self.console.clone(),
@@ -167,7 +198,7 @@ impl Vm {
             id: self.id.clone(),
             error,
         };
-        let machine = Machine::assemble(host, &self.config, &outside).map_err(failed)?;
+        let machine = Machine::assemble(host, &config, &outside).map_err(failed)?;
         let mut cell = self.lock();
         if let Some(why) = allowance.over() {
             drop(cell);

@@ -1,19 +1,23 @@
 //! The virtio devices of a configuration, in the order in which the guest finds them.
 
-use super::{Drive, VmConfig};
+use super::{Drive, EntropyConfig, VmConfig};
 
 /// One device with a place of its own.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum VirtioDevice<'a> {
     /// A block device.
     Drive(&'a Drive),
+    /// The entropy device.
+    Entropy(&'a EntropyConfig),
 }
 
 impl VirtioDevice<'_> {
-    /// What it is called in log messages; no two devices of a VM are called the same.
+    /// What it is called in log messages.
     pub fn name(&self) -> &str {
         match self {
             VirtioDevice::Drive(drive) => &drive.drive_id,
+            // Firecracker's name of it. A drive of this name is another device all the same.
+            VirtioDevice::Entropy(_) => "rng",
         }
     }
 }
@@ -30,6 +34,7 @@ impl VmConfig {
     /// at `virtio::Slot` n, where the kernel's command line announces it.
     pub fn virtio_devices(&self) -> Vec<VirtioDevice<'_>> {
         let drives = self.ordered_drives().into_iter().map(VirtioDevice::Drive);
-        drives.collect()
+        let entropy = self.entropy.iter().map(VirtioDevice::Entropy);
+        drives.chain(entropy).collect()
     }
 }

@@ -7,8 +7,11 @@
 
 mod devices;
 mod drive;
+mod entropy;
 mod machine;
 mod merge_mode;
+mod part;
+mod rate_limiter;
 mod unsupported;
 mod validate;
 
@@ -18,8 +21,11 @@ use serde::{Deserialize, Serialize};
 
 pub use devices::VirtioDevice;
 pub use drive::{CacheType, Drive, DriveSamepage, IoEngine};
+pub use entropy::EntropyConfig;
 pub use machine::{HugePages, MEM_SIZE_MIB_MAX, MachineConfig, VCPU_COUNT_MAX};
 pub use merge_mode::MergeMode;
+pub use part::ConfigPart;
+pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use unsupported::Unsupported;
 pub use validate::ConfigError;
 
@@ -57,9 +63,9 @@ pub struct VmConfig {
     /// Firecracker's `balloon`.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub balloon: Unsupported,
-    /// Firecracker's `entropy`.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
-    pub entropy: Unsupported,
+    /// A source of random bytes, or none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<EntropyConfig>,
     /// Firecracker's `cpu-config`.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub cpu_config: Unsupported,
@@ -98,7 +104,7 @@ impl VmConfig {
             network_interfaces: Unsupported::ABSENT,
             vsock: Unsupported::ABSENT,
             balloon: Unsupported::ABSENT,
-            entropy: Unsupported::ABSENT,
+            entropy: None,
             cpu_config: Unsupported::ABSENT,
             mmds_config: Unsupported::ABSENT,
             logger: Unsupported::ABSENT,

@@ -1,6 +1,9 @@
 //! Which configurations make sense. Checked once here, trusted everywhere else.
 
-use super::{HugePages, IoEngine, MEM_SIZE_MIB_MAX, Unsupported, VCPU_COUNT_MAX, VmConfig};
+use super::{
+    HugePages, IoEngine, MEM_SIZE_MIB_MAX, RateLimiterConfig, TokenBucketConfig, Unsupported,
+    VCPU_COUNT_MAX, VmConfig,
+};
 use crate::boot::cmdline::CMDLINE_LEN_MAX;
 
 /// A value that makes no sense. Names the field and the value.
@@ -50,6 +53,27 @@ fn supported(field: impl Into<String>, is_supported: bool) -> Result<(), ConfigE
     }
 }
 
+fn check_rate_limiter(limiter: Option<&RateLimiterConfig>) -> Result<(), ConfigError> {
+    let Some(RateLimiterConfig { bandwidth, ops }) = limiter else {
+        return Ok(());
+    };
+    for bucket in [bandwidth, ops].into_iter().flatten() {
+        for (field, value, most) in [
+            ("size", bucket.size, TokenBucketConfig::SIZE_MAX),
+            (
+                "refill_time",
+                bucket.refill_time,
+                TokenBucketConfig::REFILL_TIME_MAX_MS,
+            ),
+        ] {
+            if value > most {
+                return Err(bad(field, value, format!("is more than {most}")));
+            }
+        }
+    }
+    Ok(())
+}
+
 impl VmConfig {
     /// Checks every value. Looks at no file: that is done when the VM is created.
     ///
@@ -59,15 +83,19 @@ impl VmConfig {
         self.check_unsupported()?;
         self.check_machine()?;
         self.check_boot_source()?;
-        self.check_drives()
+        self.check_drives()?;
+        self.check_device_count()?;
+        match &self.entropy {
+            None => Ok(()),
+            Some(entropy) => check_rate_limiter(entropy.rate_limiter.as_ref()),
+        }
     }
 
     fn check_unsupported(&self) -> Result<(), ConfigError> {
-        let keys: [(&str, &Unsupported); 11] = [
+        let keys: [(&str, &Unsupported); 10] = [
             ("network-interfaces", &self.network_interfaces),
             ("vsock", &self.vsock),
             ("balloon", &self.balloon),
-            ("entropy", &self.entropy),
             ("cpu-config", &self.cpu_config),
             ("mmds-config", &self.mmds_config),
             ("logger", &self.logger),
@@ -125,6 +153,16 @@ impl VmConfig {
         Ok(())
     }
 
+    /// Drives by themselves are counted with the drives.
+    fn check_device_count(&self) -> Result<(), ConfigError> {
+        let count = self.virtio_devices().len();
+        if count > VIRTIO_DEVICES_MAX {
+            let problem = format!("devices are more than {VIRTIO_DEVICES_MAX}");
+            return Err(bad("drives and entropy", count, problem));
+        }
+        Ok(())
+    }
+
     fn check_drives(&self) -> Result<(), ConfigError> {
         let count = self.drives.len();
         if count > VIRTIO_DEVICES_MAX {
@@ -173,7 +211,7 @@ impl VmConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::MergeMode;
+    use crate::config::{EntropyConfig, MergeMode};
     use crate::virtio::Slot;
 
     fn parse(json: &str) -> VmConfig {
@@ -248,6 +286,45 @@ mod tests {
                 .validate()
                 .unwrap();
         }
+    }
+
+    #[test]
+    fn an_entropy_device_may_be_limited_by_what_a_bucket_can_hold() {
+        let with = |entropy: &str| {
+            format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, "entropy": {entropy}}}"#)
+        };
+        assert_eq!(parse(&with("null")).entropy, None);
+        assert_eq!(parse(&with("{}")).entropy, Some(EntropyConfig::default()));
+        let limited = with(
+            r#"{"rate_limiter": {"ops": null,
+              "bandwidth": {"size": 1000, "one_time_burst": null, "refill_time": 100}}}"#,
+        );
+        parse(&limited).validate().unwrap();
+        assert_eq!(parse(&limited).virtio_devices().len(), 1);
+        let limit = |bucket: &str| with(&format!(r#"{{"rate_limiter": {{"ops": {bucket}}}}}"#));
+        assert_eq!(
+            fault(&limit(r#"{"size": 9223372036854775808, "refill_time": 1}"#)),
+            "size: 9223372036854775808 is more than 9223372036854775807"
+        );
+        assert_eq!(
+            fault(&limit(r#"{"size": 1, "refill_time": 9223372036855}"#)),
+            "refill_time: 9223372036855 is more than 9223372036854"
+        );
+    }
+
+    #[test]
+    fn all_devices_are_counted_together() {
+        let mut config = VmConfig::new("k");
+        let drive =
+            |n| format!(r#"{{"drive_id": "d{n}", "path_on_host": "f", "is_root_device": false}}"#);
+        let drives: Vec<String> = (0..VIRTIO_DEVICES_MAX).map(drive).collect();
+        config.drives = serde_json::from_str(&format!("[{}]", drives.join(","))).unwrap();
+        config.validate().unwrap();
+        config.entropy = Some(EntropyConfig::default());
+        assert_eq!(
+            config.validate().unwrap_err().to_string(),
+            "drives and entropy: 20 devices are more than 19"
+        );
     }
 
     #[test]

@@ -17,11 +17,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::lock;
 use super::{
-    Allowance, Block, Device, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport,
-    Unbounded,
+    Allowance, Block, Device, Disk, Doorbells, Entropy, GuestMemory, Interrupt, QueueWorker,
+    Throttle, Transport, Unbounded,
 };
 use crate::bus::MmioDevice;
-use crate::config::{CacheType, Drive, DriveSamepage, IoEngine, Unsupported};
+use crate::config::{
+    CacheType, Drive, DriveSamepage, IoEngine, RateLimiterConfig, TokenBucketConfig, Unsupported,
+};
 
 /// First bytes of memory, then a hole, then more: as around the hole below 4 GiB.
 pub(crate) const LOW_BYTES: usize = 0x8000;
@@ -280,11 +282,31 @@ pub fn any_requests(disk: impl FnOnce(bool) -> Disk, input: &[u8]) {
     };
     let features = u64::from(options & 2 != 0) << VIRTIO_RING_F_EVENT_IDX;
     let disk = disk(options & 1 != 0);
-    served(
-        Guest::allowed(disk, InTurn::new(options >> 2)),
-        features,
-        input,
-    );
+    let guest = Guest::allowed(disk, InTurn::new(options >> 2));
+    served(guest, Guest::serve, features, input);
+}
+
+/// Any chains at all for an entropy device. Bit 0 of the first byte of `input` sets a limit, the
+/// others are those of [`any_requests`], and so is the rest.
+#[expect(clippy::expect_used, reason = "only in tests and fuzz targets")]
+pub fn entropy_requests(input: &[u8]) {
+    let Some((&options, input)) = input.split_first() else {
+        return;
+    };
+    let features = u64::from(options & 2 != 0) << VIRTIO_RING_F_EVENT_IDX;
+    let bucket = TokenBucketConfig {
+        size: 1000,
+        one_time_burst: Some(2000),
+        refill_time: 1,
+    };
+    let limit = RateLimiterConfig {
+        bandwidth: Some(bucket),
+        ops: None,
+    };
+    let throttle = Throttle::new(Some(&limit).filter(|_| options & 1 != 0)).expect("timer");
+    let allowance = InTurn::new(options >> 2);
+    let guest = Guest::with(Entropy::new(throttle, allowance.clone()), allowance);
+    served(guest, |guest| guest.worker.serve(0), features, input);
 }
 
 /// A driver that sets up its queue as it should and then puts anything at all into the rings.
@@ -293,10 +315,15 @@ pub fn any_requests(disk: impl FnOnce(bool) -> Disk, input: &[u8]) {
 /// the buffers hold, 4 bytes a request header. Both are widened so that a good part makes sense:
 /// mere noise would hardly ever get past the first check. Every descriptor is made available.
 pub fn requests(disk: Disk, features: u64, input: &[u8]) {
-    served(Guest::new(disk), features, input);
+    served(Guest::new(disk), Guest::serve, features, input);
 }
 
-fn served(mut guest: Guest<Block>, features: u64, input: &[u8]) {
+fn served<D: Device>(
+    mut guest: Guest<D>,
+    serve: impl Fn(&mut Guest<D>),
+    features: u64,
+    input: &[u8],
+) {
     guest.set_up(features);
     let (table, headers) = input.split_at(input.len().min(8 * usize::from(QUEUE_SIZE)));
     for (index, header) in (0_u64..).zip(headers.as_chunks::<4>().0) {
@@ -313,11 +340,11 @@ fn served(mut guest: Guest<Block>, features: u64, input: &[u8]) {
     }
     for available in 1..=QUEUE_SIZE {
         guest.poke(AVAIL + 2, &available.to_le_bytes());
-        guest.serve();
+        serve(&mut guest);
     }
     if let Some(index) = headers.first_chunk::<2>() {
         guest.poke(AVAIL + 2, index);
-        guest.serve();
+        serve(&mut guest);
     }
 }
 

@@ -32,7 +32,9 @@
 //! | `chain` | a descriptor chain as buffers to read and buffers to fill |
 //! | `segments` | buffers as a list of ranges |
 //! | `log_limit` | a bound on what a guest can make us log |
+//! | `throttle` | a rate limiter with a timer that rings for the queue |
 //! | `block` | virtio-block over a raw file |
+//! | `entropy` | virtio-entropy from the host's kernel |
 //!
 //! # Locks
 //! Two per device, in this order: the registers' mutex, which only vCPU threads take (the bus
@@ -45,6 +47,7 @@ mod attach;
 mod block;
 mod chain;
 mod device;
+mod entropy;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod interrupt;
@@ -53,6 +56,7 @@ mod queue_registers;
 mod ring;
 mod segments;
 mod status;
+mod throttle;
 mod transport;
 mod worker;
 
@@ -60,9 +64,11 @@ pub use allowance::{Allowance, Doorbells, Unbounded};
 pub use attach::{Attachment, Doorbell, Slot, SlotError, attach, attach_block};
 pub use block::{Block, Closing, Disk, DiskError};
 pub use device::{Activation, Device, Waker};
+pub use entropy::Entropy;
 pub use interrupt::Interrupt;
 pub use log_limit::LogLimit;
 pub use ring::{Budget, Progress, RingError, Served};
+pub use throttle::Throttle;
 pub use transport::Transport;
 pub use worker::QueueWorker;
 

@@ -86,7 +86,7 @@ impl Vm {
 
     /// The lowest is ended first when memory runs out.
     pub(crate) fn oom_priority(&self) -> i32 {
-        self.config.samepage.oom_priority
+        self.config().samepage.oom_priority
     }
 
     /// What the guard judges it by. One of which the kernel does not tell how much memory it has
@@ -96,13 +96,13 @@ impl Vm {
         Candidate {
             id: self.id.clone(),
             oom_priority: self.oom_priority(),
-            private_bytes: private_bytes.unwrap_or_else(|| self.config.mem_size_bytes()),
+            private_bytes: private_bytes.unwrap_or_else(|| self.config().mem_size_bytes()),
         }
     }
 
     /// What it may come to hold, if it holds memory.
     pub(crate) fn nominal_bytes(&self) -> Option<u64> {
         let is_alive = self.state().is_alive();
-        is_alive.then(|| self.config.mem_size_bytes())
+        is_alive.then(|| self.config().mem_size_bytes())
     }
 }
