@@ -92,8 +92,8 @@ impl<B: Backing> Scanner<B> {
         }
         let id = inside.region.id();
         let range = group[0].0..group[group.len() - 1].0 + 1;
-        let mut protected = Protected::new(inside.backing(), range)?;
-        let (equal, others) = self.compare(inside, group);
+        let mut protected = Protected::new(inside, range)?;
+        let (equal, others) = self.compare(inside, &protected, group);
         let items = self.items(id);
         let len = group_len(items, &equal);
         let tried_len = match equal.get(len) {
@@ -117,17 +117,18 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// The candidates of a protected group that are equal to their targets, and the pages that are
-    /// not.
+    /// not. A pinned page is neither: a device may be writing to it.
     fn compare(
         &mut self,
         inside: &Entered<'_, B>,
+        protected: &Protected<'_, B>,
         group: &[Candidate],
     ) -> (Vec<Candidate>, Vec<u32>) {
         let id = inside.region.id();
         let (mut equal, mut others) = (Vec::with_capacity(group.len()), Vec::new());
         for &(page, target) in group {
             // A page that founded a stable page may have been its own region's partner.
-            if self.items(id).is_merged(page) {
+            if self.items(id).is_merged(page) || protected.is_pinned(page) {
                 continue;
             }
             let is_equal = match target {

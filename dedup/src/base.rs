@@ -58,7 +58,7 @@ fn is_broken(vmas: u32, lost_pages: u32, vmas_min: u32) -> bool {
 impl<B: Backing> Scanner<B> {
     /// Bases the block that `page` lies in on the block of places that begins at `first`, or on
     /// nothing. Returns whether it is based now: not if it changes too fast, or if fewer than
-    /// `places_min` of its pages equal their places.
+    /// `places_min` of its pages equal their places, or if one of its pages is pinned.
     ///
     /// # Errors
     /// When the kernel refuses. All is as it was then.
@@ -76,7 +76,8 @@ impl<B: Backing> Scanner<B> {
         // Whoever shows zeros over a place is sought by the one guest page that it stands for.
         let is_theirs =
             first.is_none_or(|first| self.stable.layouts.stands_for(first, block.start));
-        if inside.is_exiting() || !may_build || !is_theirs {
+        let is_pinned = inside.region.pins.has_any(&block);
+        if inside.is_exiting() || !may_build || !is_theirs || is_pinned {
             return Ok(false);
         }
         let pages = block.clone();
@@ -86,7 +87,10 @@ impl<B: Backing> Scanner<B> {
             return Ok(false);
         }
         let staging = self.build(inside, &block, first, &sources)?;
-        let mut protected = Protected::new(inside.backing(), block.clone())?;
+        let mut protected = Protected::new(inside, block.clone())?;
+        if protected.any_pinned() {
+            return Ok(false);
+        }
         let is_corrected = self.correct(inside, block.start, first, &mut sources, &staging)?;
         if !is_corrected || inside.is_exiting() {
             return Ok(false);

@@ -1,6 +1,7 @@
 //! The engine as its users see it: one merge domain's memory, and the handles of its regions.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use crate::control::{Control, Pace, Run};
 use crate::dirty::DirtySource;
 use crate::mapping::Mapping;
 use crate::merge_now::{MergeNowError, MergedNow};
+use crate::pins::{AccessError, Pin};
 use crate::process_memory::ProcessMemory;
 use crate::region::{RegionId, RegionRef};
 use crate::scanner::Scanner;
@@ -264,17 +266,17 @@ impl RegionHandle {
         *sync::lock(&self.region.stats)
     }
 
-    /// As [`RegionMerger::merge_now`].
+    /// As [`RegionAccess::merge_now`].
     ///
     /// # Errors
     /// [`MergeNowError`].
     pub fn merge_now(&self) -> Result<MergedNow, MergeNowError> {
-        self.merger().merge_now()
+        self.access().merge_now()
     }
 
-    /// Something to call [`RegionMerger::merge_now`] on without holding on to the handle.
-    pub fn merger(&self) -> RegionMerger {
-        RegionMerger {
+    /// The region for those who do not hold on to the handle.
+    pub fn access(&self) -> RegionAccess {
+        RegionAccess {
             shared: Arc::clone(&self.shared),
             region: RegionRef::clone(&self.region),
         }
@@ -287,15 +289,15 @@ impl RegionHandle {
     }
 }
 
-/// Merges one region on demand. The region may leave meanwhile; its addresses stay reserved as
-/// long as this is there, so it is not for keeping.
-#[derive(Debug)]
-pub struct RegionMerger {
+/// One region, for its devices and for a merge on demand. The region may leave meanwhile; its
+/// addresses stay reserved as long as this or a pin is there.
+#[derive(Clone, Debug)]
+pub struct RegionAccess {
     shared: Arc<Shared<Scanner<LinuxMemory>>>,
     region: RegionRef<LinuxMemory>,
 }
 
-impl RegionMerger {
+impl RegionAccess {
     /// Scans the region at once, on the caller's thread, and returns when all of it that has an
     /// equal somewhere is merged. Calm intervals and back-off are not waited for: what is written
     /// to during the scan is left to the worker. An exit waits for one window of it at most.
@@ -306,6 +308,27 @@ impl RegionMerger {
     pub fn merge_now(&self) -> Result<MergedNow, MergeNowError> {
         self.shared.merge_now(&self.region)
     }
+
+    /// Keeps pages from being replaced, until the guard is dropped: for I/O that uses their frames,
+    /// which neither write protection nor a new page at the same address stops. Each page gets memory
+    /// of its own first, as by a write. Waits for one group of pages at most, and only if that
+    /// overlaps.
+    ///
+    /// Pinned pages are not merged, so a pin is for the time of one I/O. A [`DirtySource`] has to name
+    /// them after the I/O, also if it failed, and before they are unpinned.
+    ///
+    /// # Errors
+    /// [`AccessError`]; nothing is pinned then.
+    pub fn pin(&self, pages: Range<u32>) -> Result<PinnedPages, AccessError> {
+        let pin = Pin::new(&self.region, pages)?;
+        Ok(PinnedPages { _pin: pin })
+    }
+}
+
+/// Pages that the engine does not replace; unpinned on drop.
+#[derive(Debug)]
+pub struct PinnedPages {
+    _pin: Pin<LinuxMemory>,
 }
 
 impl Drop for RegionHandle {

@@ -41,6 +41,7 @@
 //! | `unstable` | calm pages that found no equal yet | pure |
 //! | `partners` | where a page finds its equal: at its place, then elsewhere | policy |
 //! | `merge`, `apply`, `protected` | protect, compare again, apply, wake | mechanism |
+//! | `pins` | pages that devices use, and what is replaced: who waits for whom | locks |
 //! | `fill` | places get the content that two pages share | mechanism |
 //! | `base` | a block becomes one mapping of a block of places | mechanism |
 //! | `group` | how many pages are protected together | pure |
@@ -69,11 +70,13 @@
 //! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, a window of a `merge now`,
 //!    or an order to stop, which waits for those. Exits never take it.
 //! 2. *region locks* (`Region::lock`), for reading by the holder of 1, at most two at a time and
-//!    never one twice; for writing by the exit path, which holds nothing else.
+//!    never one twice, and by a thread that pins pages and holds nothing else; for writing by the
+//!    exit path, which holds nothing else.
 //! 3. the *control lock* (`Shared::control`): orders to the worker.
 //! 4. the *ring lock* (`Shared::ring`): slots and cursor. Never held over work.
-//! 5. leaves: `Shared::published`, `Region::stats`, `Budget::state`. An unmerge waits for memory
-//!    with 1 and 2 held, and lets go of both when the region exits or an order comes.
+//! 5. leaves: `Shared::published`, `Region::stats`, `Region::pins`, `Budget::state`. An unmerge waits
+//!    for memory with 1 and 2 held, and lets go of both when the region exits or an order comes. A pin
+//!    waits with 2 held until the range that it overlaps is released.
 //!
 //! A region's last reference is never dropped under 2, 4 or 5.
 //!
@@ -111,6 +114,7 @@ mod merge_now;
 mod mutant;
 mod page;
 mod partners;
+mod pins;
 mod process_memory;
 mod protected;
 #[expect(unsafe_code, reason = "loads from memory that others write to")]
@@ -135,10 +139,11 @@ pub use advisor::AdvisorMode;
 pub use budget::{Headroom, MemoryGauge};
 pub use control::{Pace, PaceError, Run};
 pub use dirty::{DirtySource, PageSet};
-pub use engine::{Engine, EngineError, RegionHandle, RegionMerger, Settings};
+pub use engine::{Engine, EngineError, PinnedPages, RegionAccess, RegionHandle, Settings};
 pub use mapping::{Mapping, MappingError};
 pub use merge_now::{MergeNowError, MergedNow};
 pub use page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
+pub use pins::AccessError;
 pub use process_memory::ProcessMemory;
 pub use region::RegionId;
 pub use shared::ExitPath;

@@ -23,6 +23,10 @@ pub(crate) enum Mutant {
     ReapForgotten,
     /// `merge now` gives a slot items without saying so to the exit path.
     ItemsUnmarked,
+    /// A pin does not wait for the replacement in hand.
+    PinUnwaited,
+    /// Pages are replaced without a look at the pins.
+    PinUnlooked,
     /// Stopping returns while a window is still being scanned.
     StopUnawaited,
 }

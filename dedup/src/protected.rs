@@ -5,6 +5,8 @@ use std::io;
 use crate::backing::Backing;
 use crate::backing::linux::Urgent;
 use crate::page::{PageRange, PoolPage};
+use crate::pins::Replacing;
+use crate::region::Entered;
 
 /// A range whose writers wait. Dropping it lets them go on, whatever happened in between: an
 /// error or a panic in the middle of a merge must not leave a vCPU asleep in a fault.
@@ -18,21 +20,36 @@ pub(crate) struct Protected<'a, B: Backing> {
     range: PageRange,
     /// Whether a part was mapped anew, and must be registered again.
     remapped: bool,
+    /// Pins of its pages wait for the drop of this, which comes after the release.
+    replacing: Replacing<'a>,
     /// Dropped last: writers wait until the range is released.
     _urgent: Urgent,
 }
 
 impl<'a, B: Backing> Protected<'a, B> {
-    pub(crate) fn new(backing: &'a B, range: PageRange) -> io::Result<Self> {
+    pub(crate) fn new(inside: &'a Entered<'_, B>, range: PageRange) -> io::Result<Self> {
+        let backing = inside.backing();
         // Made before the call: should protecting fail half-way, the drop releases that half.
         let protected = Protected {
             backing,
             range: range.clone(),
             remapped: false,
+            // Before protection: a pin waits for a release, not in a page fault.
+            replacing: inside.region.pins.begin_replacing(&range),
             _urgent: Urgent::begin(),
         };
         backing.protect(range)?;
         Ok(protected)
+    }
+
+    /// Whether a page is pinned: it must stay as it is, and may change under protection.
+    pub(crate) fn is_pinned(&self, page: u32) -> bool {
+        self.replacing.is_pinned(page)
+    }
+
+    /// Whether any page of the range is.
+    pub(crate) fn any_pinned(&self) -> bool {
+        self.replacing.any_pinned()
     }
 
     /// Drops the private copies of parts of the range. Returns of how many of them, from the first

@@ -2,6 +2,7 @@
 
 use crate::dirty::DirtySource;
 use crate::mutant::{self, Mutant};
+use crate::pins::Pins;
 use crate::stats::RegionStats;
 use crate::sync::{self, AtomicBool, Mutex, Ordering, RwLock, RwLockReadGuard};
 
@@ -18,6 +19,8 @@ pub(crate) struct Region<B> {
     source: Option<Box<dyn DirtySource>>,
     exiting: AtomicBool,
     lock: RwLock<()>,
+    /// Pages that are not to be replaced.
+    pub(crate) pins: Pins,
     pub(crate) stats: Mutex<RegionStats>,
 }
 
@@ -39,6 +42,7 @@ impl<B> Region<B> {
             source,
             exiting: AtomicBool::new(false),
             lock: RwLock::new(()),
+            pins: Pins::new(),
             stats: Mutex::new(RegionStats::default()),
         }
     }

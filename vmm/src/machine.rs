@@ -171,7 +171,7 @@ impl Machine {
     }
 
     /// What merges its memory on demand; `None` when the engine does not merge it.
-    pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
+    pub(crate) fn merger(&self) -> Option<dedup::RegionAccess> {
         self.ram.merger()
     }
 

@@ -10,7 +10,11 @@ use crate::guard::room::VmAllowance;
 /// Bytes of a piece: what is loaded before the start looks again whether it may go on.
 const PIECE_BYTES: usize = 256 << 10;
 
-/// A kernel or an initrd on its way into guest memory.
+/// A kernel or an initrd on its way into guest memory, through a buffer of a piece.
+///
+/// Rejected: reading straight into guest memory, as [`ReadVolatile`] of a file does. Some file systems
+/// (FUSE with direct I/O) have the kernel fill the pages by their frames, long after it was asked, and
+/// a page that was merged meanwhile is another frame: the piece would be lost.
 ///
 /// While guests are held for want of memory, loading stands still too, and it ends with an error
 /// when the start is the one to go.
@@ -18,11 +22,16 @@ const PIECE_BYTES: usize = 256 << 10;
 pub(crate) struct Metered<'a, F> {
     file: F,
     allowance: &'a VmAllowance,
+    piece: Vec<u8>,
 }
 
 impl<'a, F> Metered<'a, F> {
     pub(crate) fn new(file: F, allowance: &'a VmAllowance) -> Metered<'a, F> {
-        Metered { file, allowance }
+        Metered {
+            file,
+            allowance,
+            piece: Vec::new(),
+        }
     }
 }
 
@@ -39,7 +48,7 @@ impl<F: Seek> Seek for Metered<'_, F> {
     }
 }
 
-impl<F: ReadVolatile> ReadVolatile for Metered<'_, F> {
+impl<F: Read> ReadVolatile for Metered<'_, F> {
     /// Fills all of `buffer` unless the file ends: vm-memory takes less for a file cut short.
     fn read_volatile<B: BitmapSlice>(
         &mut self,
@@ -51,23 +60,39 @@ impl<F: ReadVolatile> ReadVolatile for Metered<'_, F> {
             self.allowance
                 .load(length as u64)
                 .map_err(|error| VolatileMemoryError::IOError(io::Error::other(error)))?;
-            let mut piece = buffer.subslice(done, length)?;
-            match self.file.read_volatile(&mut piece)? {
-                0 => break,
-                read => done += read,
+            self.piece.resize(length, 0);
+            let read = loop {
+                match self.file.read(&mut self.piece) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    read => break read.map_err(VolatileMemoryError::IOError)?,
+                }
+            };
+            if read == 0 {
+                break;
             }
+            buffer.subslice(done, read)?.copy_from(&self.piece[..read]);
+            done += read;
         }
         Ok(done)
     }
 }
 
 #[cfg(test)]
+#[expect(dead_code, reason = "shared with tests that use more of it")]
+#[path = "../../tests/tests/hung_storage/held_file.rs"]
+mod held_file;
+
+#[cfg(test)]
 mod tests {
+    use super::held_file::{HeldFile, Reads};
     use super::*;
     use crate::admission::GivenUp;
     use crate::guard::Watch;
+    use crate::memory::ram::{Merger, Ram};
+    use std::fs::File;
     use std::io::Cursor;
     use std::sync::Arc;
+    use std::time::{Duration, Instant};
     use vm_memory::{Bytes, GuestAddress};
 
     fn allowance() -> VmAllowance {
@@ -105,5 +130,42 @@ mod tests {
             .read_exact_volatile_from(GuestAddress(0), &mut file, 100)
             .unwrap_err();
         assert!(error.to_string().contains("ran out of memory"), "{error}");
+    }
+
+    /// The pages that an initrd is read into hold zeros until the file system answers, and zeros are
+    /// what the engine gives back first.
+    #[test]
+    fn a_file_on_a_slow_file_system_is_whole_while_the_engine_merges() {
+        let length = 16 * 4096;
+        let content: Vec<u8> = (1..=251).cycle().take(length).collect();
+        let file = HeldFile::mount(content.clone(), Reads::Direct);
+        let settings = dedup::Settings {
+            run: dedup::Run::Stop,
+            ..dedup::Settings::default()
+        };
+        let engine = dedup::Engine::new(&settings).unwrap();
+        let ram = Ram::new(16 << 20, Merger::Engine(&engine)).unwrap();
+        let (memory, allowance) = (ram.memory(), allowance());
+        file.hold(0);
+        let deadline = Instant::now() + Duration::from_secs(120);
+        std::thread::scope(|scope| {
+            let loading = scope.spawn(|| {
+                let opened = File::open(file.path()).unwrap();
+                let mut metered = Metered::new(opened, &allowance);
+                memory.read_exact_volatile_from(GuestAddress(0), &mut metered, length)
+            });
+            while !file.is_waited_for() {
+                assert!(Instant::now() < deadline, "nobody reads");
+                std::thread::yield_now();
+            }
+            engine.set_run(dedup::Run::Merge).unwrap();
+            assert!(engine.wait_full_scans(4, deadline), "passes go by");
+            file.let_go();
+            loading.join().unwrap().unwrap();
+        });
+        let mut found = vec![0; length];
+        memory.read_slice(&mut found, GuestAddress(0)).unwrap();
+        assert!(found == content, "the file lost a page");
+        ram.release().unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! A model of memory for tests: the same trait, no kernel, and a look behind the pages.
 
 mod call;
+mod device;
 mod pool;
 mod source;
 mod staging;
@@ -59,6 +60,8 @@ pub(crate) struct FakeMemory {
     written: Arc<Mutex<Vec<u32>>>,
     /// Pages that nobody wanted to hear of then.
     ignored: Arc<Mutex<Option<PageSet>>>,
+    /// Pages whose frames a device has.
+    held: Arc<Mutex<Vec<u32>>>,
     /// How many times something was built aside and put in place.
     pub(crate) replaced: Arc<AtomicU32>,
 }
@@ -84,6 +87,7 @@ impl FakeMemory {
             freed: Arc::default(),
             written: Arc::default(),
             ignored: Arc::default(),
+            held: Arc::default(),
             replaced: Arc::default(),
         }
     }
@@ -296,7 +300,7 @@ impl Backing for FakeMemory {
             let is_freed = self.freed.load(Ordering::Relaxed);
             assert!(shows == Some(content) || is_freed, "page {page} is changed");
             self.keep_no_part_of_a_huge_page();
-            sync::lock(&self.pages)[page as usize] = left;
+            self.put(page, left);
         };
         self.call_for_parts(Call::Discard, parts, |part| {
             part.clone().for_each(discard);
@@ -315,7 +319,7 @@ impl Backing for FakeMemory {
             let is_same = pool.content(place) == Some(self.content(page));
             let is_freed = self.freed.load(Ordering::Relaxed);
             assert!(is_same || is_freed, "page {page} is changed");
-            sync::lock(&self.pages)[page as usize] = FakePage::Shared(place);
+            self.put(page, FakePage::Shared(place));
             sync::lock(&self.under)[page as usize] = Some(place);
         }
         Ok(())
@@ -366,7 +370,9 @@ impl Backing for FakeMemory {
         for page in range {
             self.call(Call::Unshare)?;
             let content = self.content(page);
-            sync::lock(&self.pages)[page as usize] = FakePage::Private(content);
+            if !matches!(self.page(page), FakePage::Private(_)) {
+                self.put(page, FakePage::Private(content));
+            }
         }
         Ok(())
     }

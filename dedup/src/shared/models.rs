@@ -328,3 +328,19 @@ fn nothing_is_scanned_once_stopping_has_returned() {
         });
     }
 }
+
+#[test]
+fn a_pin_meets_a_merge_of_its_page() {
+    explore(|| {
+        let world = World::new(Run::Merge);
+        world.replace_pages();
+        let region = world.register();
+        let worker = world.spawn(|shared| {
+            shared.batch(1);
+        });
+        World::do_io(&region);
+        worker.join().expect("the worker goes on");
+        world.exit(region);
+        world.finish();
+    });
+}

@@ -69,6 +69,14 @@ enum Step {
         page: u32,
         content: Content,
     },
+    /// A pass, and then an unmerge perhaps, while a device uses pages. It writes to the first, or fails.
+    PinnedPass {
+        region: usize,
+        page: u32,
+        pages: u32,
+        written: Option<Content>,
+        unmerge: bool,
+    },
 }
 
 /// Steps in a world of so many blocks a region. Pages are named by their index, for `page_at`.
@@ -94,6 +102,9 @@ fn step(blocks: u32) -> impl Strategy<Value = Step> {
         ),
         4 => (region, 0..pages, 0..6u64).prop_map(
             |(region, page, content)| Step::RacingPass { region, page, content }
+        ),
+        4 => (region, 0..pages, 1..pages, proptest::option::of(0..6u64), any::<bool>()).prop_map(
+            |(region, page, pages, written, unmerge)| Step::PinnedPass { region, page, pages, written, unmerge }
         ),
         1 => region.prop_map(|region| Step::Exit { region }),
         1 => region.prop_map(|region| Step::ExitStopped { region }),
@@ -203,13 +214,7 @@ impl World {
             }
             Step::Unmerge => self.unmerge(),
             Step::StarvedUnmerge { region, calls } if count > 0 => {
-                let memory = self.guests[region % count].memory.clone();
-                memory.calls_left.store(calls, Ordering::Relaxed);
-                let starved = self.shared.unmerge_all();
-                memory.calls_left.store(u32::MAX, Ordering::Relaxed);
-                if starved.is_ok() {
-                    assert_eq!(self.pool.used_pages(), 0);
-                }
+                self.starved_unmerge(region % count, calls);
             }
             Step::FailingPass {
                 region,
@@ -223,13 +228,18 @@ impl World {
                 page,
                 content,
             } if count > 0 => {
-                let guest = &mut self.guests[region % count];
-                let page = page_at(page);
-                guest.memory.write_before_protection(page, content);
-                guest.expected[page as usize] = content;
-                let memory = guest.memory.clone();
-                self.pass();
-                memory.finish_racing_writes();
+                self.racing_pass(region % count, page_at(page), content);
+            }
+            Step::PinnedPass {
+                region,
+                page,
+                pages,
+                written,
+                unmerge,
+            } if count > 0 => {
+                let last = self.pages().min(page + pages) - 1;
+                let pages = page_at(page)..page_at(last) + 1;
+                self.pinned_pass(region % count, &pages, written, unmerge);
             }
             Step::Exit { region } if count > 0 => {
                 let guest = self.guests.swap_remove(region % count);
@@ -241,6 +251,25 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    fn starved_unmerge(&self, guest: usize, calls: u32) {
+        let memory = &self.guests[guest].memory;
+        memory.calls_left.store(calls, Ordering::Relaxed);
+        let starved = self.shared.unmerge_all();
+        memory.calls_left.store(u32::MAX, Ordering::Relaxed);
+        if starved.is_ok() {
+            assert_eq!(self.pool.used_pages(), 0);
+        }
+    }
+
+    fn racing_pass(&mut self, guest: usize, page: u32, content: Content) {
+        let guest = &mut self.guests[guest];
+        guest.memory.write_before_protection(page, content);
+        guest.expected[page as usize] = content;
+        let memory = guest.memory.clone();
+        self.pass();
+        memory.finish_racing_writes();
     }
 
     fn exit_stopped(&mut self, guest: usize) {
@@ -487,4 +516,5 @@ proptest! {
 mod basing;
 mod failing;
 mod orders;
+mod pinning;
 mod scenarios;

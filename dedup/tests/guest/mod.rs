@@ -11,7 +11,8 @@
     reason = "plays the guest: reads and writes mapped memory"
 )]
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 
 use dedup::{Mapping, PAGE_WORDS};
 
@@ -44,6 +45,16 @@ pub fn assert_holds(mapping: &Mapping, page: usize, content: u64) {
         let found = read_word(mapping, page, word);
         assert_eq!(found, content * (word as u64 + 1), "page {page}");
     }
+}
+
+/// Reads a file into the first pages of a mapping, straight from the kernel.
+pub fn read_file(mapping: &Mapping, pages: usize, file: &mut File) {
+    let len_bytes = pages * PAGE_WORDS * 8;
+    assert!(len_bytes <= mapping.size_bytes());
+    // SAFETY: the bytes lie inside the range, which is mapped. The engine replaces pages by equal ones
+    // only, and nobody else of the test touches them meanwhile.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(mapping.as_ptr(), len_bytes) };
+    file.read_exact(bytes).expect("the file is as long");
 }
 
 /// Whether a line of `maps` or `smaps` that begins with addresses is about a part of the mapping;

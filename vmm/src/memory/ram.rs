@@ -178,10 +178,10 @@ impl Ram {
     }
 
     /// What merges it on demand; `None` when the engine does not merge it.
-    pub(crate) fn merger(&self) -> Option<dedup::RegionMerger> {
+    pub(crate) fn merger(&self) -> Option<dedup::RegionAccess> {
         match &self.backing {
             Backing::Private(_) | Backing::Mergeable(_) => None,
-            Backing::Merged(region) => Some(region.merger()),
+            Backing::Merged(region) => Some(region.access()),
         }
     }
 

@@ -71,7 +71,7 @@ impl FakeMemory {
             };
             let is_same = shows == Some(self.content(page));
             assert!(is_same || is_freed, "page {page} is changed");
-            sync::lock(&self.pages)[page as usize] = new;
+            self.put(page, new);
             sync::lock(&self.under)[page as usize] = place;
         }
         self.is_huge.store(false, Ordering::Relaxed);

@@ -94,3 +94,11 @@ fn giving_a_slot_items_unseen_leaks_them() {
     let model = "an_exit_meets_a_merge_now";
     assert_caught(Mutant::ItemsUnmarked, model, "without a slot");
 }
+
+#[test]
+fn a_pin_that_is_not_looked_at_or_does_not_wait_has_its_page_replaced() {
+    let model = "a_pin_meets_a_merge_of_its_page";
+    for mutant in [Mutant::PinUnlooked, Mutant::PinUnwaited] {
+        assert_caught(mutant, model, "a pinned page is replaced");
+    }
+}

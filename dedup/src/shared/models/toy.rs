@@ -9,9 +9,12 @@ use loom::thread::{self, JoinHandle};
 
 use super::super::*;
 use super::Pace;
+use crate::page::PageRange;
 use crate::region::{Entered, RegionRef};
 use crate::work::Visited;
 
+/// The one page of a region that is ever replaced.
+const PAGE: PageRange = 0..1;
 /// A region's windows in a pass.
 const WINDOWS: u32 = 2;
 /// Page frames in a world where memory is no matter.
@@ -32,6 +35,9 @@ struct Frames {
     is_merging: AtomicBool,
     /// Whether a scan takes a frame for each window.
     is_short: AtomicBool,
+    /// Whether a scan replaces a page. Not loom's: it never changes while threads run, and models
+    /// without pins shall not grow by it.
+    is_replacing: std::sync::atomic::AtomicBool,
 }
 
 impl Frames {
@@ -61,6 +67,8 @@ pub(super) struct Memory {
     /// It has items.
     is_attached: AtomicBool,
     refuses: AtomicBool,
+    /// Which frame the page has.
+    frame: AtomicU32,
     shared: Weak<Shared<Toy>>,
 }
 
@@ -164,6 +172,12 @@ impl Work for Toy {
         if self.frames.is_short.load(Ordering::SeqCst) && !inside.is_exiting() {
             memory.fill();
         }
+        if self.frames.is_replacing.load(Ordering::SeqCst) {
+            let replacing = inside.region.pins.begin_replacing(&PAGE);
+            if !replacing.is_pinned(PAGE.start) {
+                memory.frame.fetch_add(1, Ordering::SeqCst);
+            }
+        }
         memory.touch();
         let is_stopped = self.frames.is_stopped.load(Ordering::SeqCst);
         assert!(!is_stopped, "scanning goes on after it was stopped");
@@ -235,6 +249,7 @@ impl World {
             is_stopped: AtomicBool::new(false),
             is_merging: AtomicBool::new(false),
             is_short: AtomicBool::new(false),
+            is_replacing: std::sync::atomic::AtomicBool::new(false),
         });
         let shared = Arc::new_cyclic(|shared| {
             let toy = Toy {
@@ -256,6 +271,7 @@ impl World {
             is_left: AtomicBool::new(false),
             is_attached: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
+            frame: AtomicU32::new(0),
             shared: Arc::downgrade(&self.shared),
         };
         self.shared.register(memory, None)
@@ -269,6 +285,20 @@ impl World {
     /// Makes each window of a scan find partners in all other regions.
     pub(super) fn merge_windows(&self) {
         self.frames.is_merging.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes each window of a scan replace a page.
+    pub(super) fn replace_pages(&self) {
+        self.frames.is_replacing.store(true, Ordering::SeqCst);
+    }
+
+    /// What a device does with a pinned page: it is given the frame, and uses it.
+    pub(super) fn do_io(region: &RegionRef<Memory>) {
+        region.pins.add(&PAGE);
+        let frame = || region.backing().frame.load(Ordering::SeqCst);
+        let given = frame();
+        assert_eq!(frame(), given, "a pinned page is replaced");
+        region.pins.remove(&PAGE);
     }
 
     /// Visits this many windows, one after the other.
