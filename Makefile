@@ -21,7 +21,7 @@ help: ## List the targets
 	@echo 'Settings: DEMO_ARGS=... TEST_ARGS=... TEST_THREADS=$(TEST_THREADS)'
 	@echo 'SAMEPAGE_SKIP_KVM=1 leaves out what needs /dev/kvm.'
 
-density: ## Measure docs/density.md anew: real guests beside kernel KSM and beside no merging (75 minutes)
+density: ## Measure docs/density.md anew: real guests beside kernel KSM and beside no merging (90 minutes)
 	@$(STEPS) density packages guest density
 
 density-quick: ## The same with few guests, for a look: a table on the terminal, nothing is kept (9 minutes)
