@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, PAGE_WORDS, Pace, RegionHandle, Run, Settings};
 use guest::{assert_holds, read_file, read_word, write_page};
-use held_file::{HeldFile, Reads};
+use held_file::{HeldFile, Reads, Silence};
 
 /// Few enough for one request of FUSE.
 const PAGES: u32 = 16;
@@ -79,7 +79,7 @@ fn assert_read(regions: &[RegionHandle; 2], pages: u32) {
 /// merge during the read. Returns whether any of them was merged in that time.
 fn read_while_merging(engine: &Engine, regions: &[RegionHandle; 2], is_pinned: bool) -> bool {
     let file = HeldFile::mount(file_bytes(PAGES), Reads::Direct);
-    file.hold(0);
+    file.hold(Silence::ReadsBehind(0));
     let access = regions[0].access();
     let pin = is_pinned.then(|| access.pin(0..PAGES).expect("there is memory"));
     let mut opened = File::open(file.path()).expect("it is mounted");

@@ -1,4 +1,4 @@
-//! A guest that has all of its disks fill untouched memory at once.
+//! A guest that has all of its disks work on untouched memory at once.
 
 /// Where [`tiny_kernel`](crate::tiny_kernel) loads it.
 const BASE: u32 = 0x10_0000;
@@ -14,25 +14,48 @@ const QUEUE_SIZE: u32 = 256;
 /// Where the disks' buffers begin.
 const BUFFERS: u64 = 16 << 20;
 
+/// What the requests ask for (virtio 1.2, section 5.2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// `VIRTIO_BLK_T_IN`: fills memory from the beginning of the disk.
+    Read,
+    /// `VIRTIO_BLK_T_OUT`: fills the beginning of the disk from memory, which is all zeros.
+    Write,
+    /// `VIRTIO_BLK_T_FLUSH`: has the disk make durable what was written; moves no data.
+    Flush,
+}
+
+impl Access {
+    fn request_type(self) -> u32 {
+        match self {
+            Access::Read => 0,
+            Access::Write => 1,
+            Access::Flush => 4,
+        }
+    }
+}
+
 /// What the guest does.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskStorm {
+    /// What it asks of its disks.
+    pub access: Access,
     /// Disks, each with a queue of its own.
     pub disks: u32,
     /// Requests that are made of each disk before it is rung.
     pub requests: u16,
-    /// Bytes that each of them reads from the beginning of the disk, into memory of its own.
+    /// Bytes that each of them moves between the beginning of the disk and memory of its own.
     pub request_bytes: u32,
 }
 
 impl DiskStorm {
     /// Guest memory that it takes, in MiB.
     pub fn mem_size_mib(&self) -> u64 {
-        (BUFFERS + self.read_bytes()).div_ceil(1 << 20)
+        (BUFFERS + self.data_bytes()).div_ceil(1 << 20)
     }
 
-    /// What all requests read together.
-    pub fn read_bytes(&self) -> u64 {
+    /// Memory that all requests name together.
+    pub fn data_bytes(&self) -> u64 {
         u64::from(self.disks) * u64::from(self.requests) * u64::from(self.request_bytes)
     }
 
@@ -44,7 +67,8 @@ impl DiskStorm {
         self.code_with(false)
     }
 
-    /// The same, for a guest that prints `done` once all of its requests are answered.
+    /// The same, for a guest that prints a disk's number once all its requests of that one are
+    /// answered, beginning with the last disk, and `done` at the end.
     ///
     /// # Panics
     /// If it asks for more than a queue holds.
@@ -92,7 +116,7 @@ impl DiskStorm {
     }
 
     fn wait_and_tell(&self, code: &mut Vec<u8>) {
-        for disk in 0..self.disks {
+        for disk in (0..self.disks).rev() {
             // cmpw $requests, index of the used ring; jne back to it
             word(
                 code,
@@ -101,11 +125,9 @@ impl DiskStorm {
             );
             code.extend(self.requests.to_le_bytes());
             code.extend([0x75, 0xf4]);
+            say(code, disk.to_string().as_bytes());
         }
-        for byte in *b"done" {
-            // mov $0x3f8, %dx; mov $byte, %al; out %al, %dx
-            code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, byte, 0xee]);
-        }
+        say(code, b"done");
     }
 
     /// Rings and headers of one disk.
@@ -119,14 +141,21 @@ impl DiskStorm {
             let nth = u64::from(disk) * u64::from(self.requests) + u64::from(number);
             let buffer = BUFFERS + nth * u64::from(self.request_bytes);
             let number = u32::from(number);
-            // A header of zeros reads from sector 0.
+            // Type, then zeros: sector 0.
+            put(
+                HEADERS + number * 16,
+                &self.access.request_type().to_le_bytes(),
+            );
             let at = |offset: u32| u64::from(part_address(disk) + offset);
             let (next, write) = (1_u16, 2_u16);
-            let chain = [
-                (at(HEADERS + number * 16), 16, next),
-                (buffer, self.request_bytes, next | write),
-                (at(STATUSES + number), 1, write),
-            ];
+            let header = (at(HEADERS + number * 16), 16, next);
+            let data = match self.access {
+                Access::Read => Some((buffer, self.request_bytes, next | write)),
+                Access::Write => Some((buffer, self.request_bytes, next)),
+                Access::Flush => None,
+            };
+            let status = (at(STATUSES + number), 1, write);
+            let chain = std::iter::once(header).chain(data).chain([status]);
             for (link, (address, length, flags)) in (number * 3..).zip(chain) {
                 put(link * 16, &address.to_le_bytes());
                 put(link * 16 + 8, &length.to_le_bytes());
@@ -141,6 +170,14 @@ impl DiskStorm {
 
 fn part_address(disk: u32) -> u32 {
     BASE + CODE_BYTES + disk * PART_BYTES
+}
+
+/// Prints `text` on the serial port.
+fn say(code: &mut Vec<u8>, text: &[u8]) {
+    for &byte in text {
+        // mov $0x3f8, %dx; mov $byte, %al; out %al, %dx
+        code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, byte, 0xee]);
+    }
 }
 
 /// `opcode` with 32-bit operands.

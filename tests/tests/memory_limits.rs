@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use pageload_workload::Workload;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use samepage_tests::cgroup::MemoryGroup;
-use samepage_tests::disk_storm::DiskStorm;
+use samepage_tests::disk_storm::{Access, DiskStorm};
 use samepage_tests::kvm;
 use samepage_tests::server::Server;
 use samepage_tests::tiny_kernel::{IDLE, KernelFile};
@@ -126,11 +126,12 @@ fn disks_that_fill_untouched_memory_never_pass_the_limit() {
     }
     for (disks, requests, limit_mib) in [(16, 4, 256), (6, 16, 1024), (9, 16, 2048)] {
         let storm = DiskStorm {
+            access: Access::Read,
             disks,
             requests,
             request_bytes: 16 << 20,
         };
-        assert!(storm.read_bytes() > limit_mib * MIB);
+        assert!(storm.data_bytes() > limit_mib * MIB);
         disk_storm(storm, limit_mib);
     }
 }

@@ -84,7 +84,7 @@ mod held_file;
 
 #[cfg(test)]
 mod tests {
-    use super::held_file::{HeldFile, Reads};
+    use super::held_file::{HeldFile, Reads, Silence};
     use super::*;
     use crate::admission::GivenUp;
     use crate::guard::Watch;
@@ -146,7 +146,7 @@ mod tests {
         let engine = dedup::Engine::new(&settings).unwrap();
         let ram = Ram::new(16 << 20, Merger::Engine(&engine)).unwrap();
         let (memory, allowance) = (ram.memory(), allowance());
-        file.hold(0);
+        file.hold(Silence::ReadsBehind(0));
         let deadline = Instant::now() + Duration::from_secs(120);
         std::thread::scope(|scope| {
             let loading = scope.spawn(|| {

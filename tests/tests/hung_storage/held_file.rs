@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use fuser::consts::FOPEN_DIRECT_IO;
 use fuser::{
     BackgroundSession, FUSE_ROOT_ID, FileAttr, FileType, Filesystem, MountOption, ReplyAttr,
-    ReplyData, ReplyEmpty, ReplyOpen, Request,
+    ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, Request,
 };
 use tempfile::NamedTempFile;
 
@@ -35,12 +35,58 @@ pub(crate) struct HeldFile {
     held: Arc<Mutex<Held>>,
 }
 
+/// What is not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Silence {
+    /// Reads behind the first so many bytes.
+    ReadsBehind(usize),
+    /// Writes.
+    Writes,
+    /// `fsync` and `fdatasync`.
+    Flushes,
+    /// Whoever closes the file.
+    Closing,
+}
+
 #[derive(Default)]
 struct Held {
-    from: Option<usize>,
-    waiting: Vec<(Vec<u8>, ReplyData)>,
-    is_open_for_ever: bool,
-    closing: Vec<ReplyEmpty>,
+    content: Vec<u8>,
+    silence: Option<Silence>,
+    waiting: Vec<Waiting>,
+}
+
+/// Somebody who waits for an answer.
+enum Waiting {
+    Reader(Vec<u8>, ReplyData),
+    Writer {
+        start: usize,
+        data: Vec<u8>,
+        reply: ReplyWrite,
+    },
+    Other(ReplyEmpty),
+}
+
+impl Held {
+    fn answer(&mut self, waiting: Waiting) {
+        match waiting {
+            Waiting::Reader(data, reply) => reply.data(&data),
+            Waiting::Writer { start, data, reply } => {
+                let place = self.content.get_mut(start..).unwrap_or_default();
+                let written = place.len().min(data.len());
+                place[..written].copy_from_slice(&data[..written]);
+                reply.written(u32::try_from(written).unwrap_or(u32::MAX));
+            }
+            Waiting::Other(reply) => reply.ok(),
+        }
+    }
+
+    fn answer_unless(&mut self, is_held: bool, waiting: Waiting) {
+        if is_held {
+            self.waiting.push(waiting);
+        } else {
+            self.answer(waiting);
+        }
+    }
 }
 
 impl HeldFile {
@@ -48,9 +94,11 @@ impl HeldFile {
     pub(crate) fn mount(content: Vec<u8>, reads: Reads) -> HeldFile {
         let mount = || -> io::Result<HeldFile> {
             let mounted_on = NamedTempFile::new()?;
-            let held = Arc::<Mutex<Held>>::default();
-            let files = Files {
+            let held = Arc::new(Mutex::new(Held {
                 content,
+                ..Held::default()
+            }));
+            let files = Files {
                 reads,
                 held: held.clone(),
             };
@@ -69,35 +117,28 @@ impl HeldFile {
         self.mounted_on.path()
     }
 
-    /// Stops answering reads behind the first `from` bytes.
-    pub(crate) fn hold(&self, from: usize) {
-        lock(&self.held).from = Some(from);
-    }
-
-    /// Stops answering who closes the file.
-    pub(crate) fn hold_closing(&self) {
-        lock(&self.held).is_open_for_ever = true;
+    /// Stops answering.
+    pub(crate) fn hold(&self, silence: Silence) {
+        lock(&self.held).silence = Some(silence);
     }
 
     /// Whether somebody waits for an answer.
     pub(crate) fn is_waited_for(&self) -> bool {
-        let held = lock(&self.held);
-        !held.waiting.is_empty() || !held.closing.is_empty()
+        !lock(&self.held).waiting.is_empty()
+    }
+
+    /// What it holds.
+    pub(crate) fn content(&self) -> Vec<u8> {
+        lock(&self.held).content.clone()
     }
 
     /// Answers all, also from now on.
     pub(crate) fn let_go(&self) {
-        let (waiting, closing) = {
-            let mut held = lock(&self.held);
-            held.from = None;
-            held.is_open_for_ever = false;
-            let closing = std::mem::take(&mut held.closing);
-            (std::mem::take(&mut held.waiting), closing)
-        };
-        closing.into_iter().for_each(ReplyEmpty::ok);
-        waiting
-            .into_iter()
-            .for_each(|(data, reply)| reply.data(&data));
+        let mut held = lock(&self.held);
+        held.silence = None;
+        for waiting in std::mem::take(&mut held.waiting) {
+            held.answer(waiting);
+        }
     }
 }
 
@@ -113,14 +154,13 @@ fn lock(held: &Mutex<Held>) -> MutexGuard<'_, Held> {
 
 /// A file system of one file, which is its root.
 struct Files {
-    content: Vec<u8>,
     reads: Reads,
     held: Arc<Mutex<Held>>,
 }
 
 impl Filesystem for Files {
     fn getattr(&mut self, _: &Request<'_>, _: u64, _: Option<u64>, reply: ReplyAttr) {
-        let size = self.content.len() as u64;
+        let size = lock(&self.held).content.len() as u64;
         let at = SystemTime::UNIX_EPOCH;
         let attributes = FileAttr {
             ino: FUSE_ROOT_ID,
@@ -152,12 +192,14 @@ impl Filesystem for Files {
 
     fn flush(&mut self, _: &Request<'_>, _: u64, _: u64, _: u64, reply: ReplyEmpty) {
         let mut held = lock(&self.held);
-        if held.is_open_for_ever {
-            held.closing.push(reply);
-        } else {
-            drop(held);
-            reply.ok();
-        }
+        let is_held = held.silence == Some(Silence::Closing);
+        held.answer_unless(is_held, Waiting::Other(reply));
+    }
+
+    fn fsync(&mut self, _: &Request<'_>, _: u64, _: u64, _: bool, reply: ReplyEmpty) {
+        let mut held = lock(&self.held);
+        let is_held = held.silence == Some(Silence::Flushes);
+        held.answer_unless(is_held, Waiting::Other(reply));
     }
 
     fn read(
@@ -171,15 +213,34 @@ impl Filesystem for Files {
         _: Option<u64>,
         reply: ReplyData,
     ) {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let end = start.saturating_add(size as usize).min(self.content.len());
-        let data = self.content.get(start..end).unwrap_or_default().to_vec();
         let mut held = lock(&self.held);
-        if held.from.is_some_and(|from| end > from) {
-            held.waiting.push((data, reply));
-        } else {
-            drop(held);
-            reply.data(&data);
-        }
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = start.saturating_add(size as usize).min(held.content.len());
+        let data = held.content.get(start..end).unwrap_or_default().to_vec();
+        let is_held =
+            matches!(held.silence, Some(Silence::ReadsBehind(first_bytes)) if end > first_bytes);
+        held.answer_unless(is_held, Waiting::Reader(data, reply));
+    }
+
+    fn write(
+        &mut self,
+        _: &Request<'_>,
+        _: u64,
+        _: u64,
+        offset: i64,
+        data: &[u8],
+        _: u32,
+        _: i32,
+        _: Option<u64>,
+        reply: ReplyWrite,
+    ) {
+        let mut held = lock(&self.held);
+        let is_held = held.silence == Some(Silence::Writes);
+        let writer = Waiting::Writer {
+            start: usize::try_from(offset).unwrap_or(usize::MAX),
+            data: data.to_vec(),
+            reply,
+        };
+        held.answer_unless(is_held, writer);
     }
 }
