@@ -2,6 +2,7 @@
 
 mod held_file;
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use held_file::{HeldFile, Reads, Silence};
@@ -289,17 +290,29 @@ fn a_start_that_hangs_holds_up_neither_its_stop_nor_the_end_of_the_server() {
     assert_eq!(status.code(), Some(0), "{status}");
 }
 
+/// Two signals to a server that waits for an answer it owes. Whether it was cut by the second one;
+/// if that came too late, the server has ended in order.
+fn is_cut_by_a_second_signal() -> bool {
+    let mut host = Host::start();
+    let (_held, _starter) = hang_start(&host);
+    let socket = host.server.socket();
+    host.server.signal(Signal::TERM);
+    // Two that come at once are one to the kernel.
+    wait_until("the first signal is heeded", PATIENCE, || {
+        UnixStream::connect(&socket).is_err()
+    });
+    let code = host.server.stop(Signal::TERM).code();
+    assert!(!socket.exists());
+    assert!(matches!(code, Some(0 | 1)), "{code:?}");
+    code == Some(1)
+}
+
 #[test]
-fn a_second_signal_ends_a_server_at_once_that_waits_for_its_vms() {
+fn a_second_signal_ends_a_server_at_once_that_waits_for_its_clients() {
     if !kvm::is_present() {
         return;
     }
-    let mut host = Host::start();
-    let disk = HeldFile::mount(content(), Reads::Cached);
-    host.hang("hung", &host.reader_of(disk.path()), &disk, Access::Read);
-    host.server.signal(Signal::TERM);
-    let status = host.server.stop(Signal::TERM);
-    // It may have ended in order before the second one came.
-    assert!(matches!(status.code(), Some(0 | 1)), "{status}");
-    assert!(!host.server.socket().exists());
+    // It waits for seconds, which the second signal may miss on a busy host, but not each time.
+    let was_cut = (0..5).any(|_| is_cut_by_a_second_signal());
+    assert!(was_cut, "the second signals made no difference");
 }
