@@ -152,6 +152,40 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use std::sync::atomic::AtomicU64;
+    use std::time::Instant;
+
+    /// Longest wait for another thread; only a hang is longer.
+    const LONG: Duration = Duration::from_secs(120);
+
+    /// Waits until the vCPUs have gone round more often than `before`.
+    fn wait_for_rounds(rounds: &AtomicU64, before: u64) {
+        let deadline = Instant::now() + LONG;
+        while rounds.load(Ordering::SeqCst) <= before {
+            assert!(Instant::now() < deadline, "no vcpu runs");
+            std::thread::yield_now();
+        }
+    }
+
+    /// [`Gate::wait_still`] with an end: who is waited for may not stand still because of a bug.
+    fn wait_still(gate: &Arc<Gate>) {
+        let (done, is_still) = std::sync::mpsc::channel();
+        let gate = gate.clone();
+        std::thread::spawn(move || {
+            gate.wait_still();
+            done.send(())
+        });
+        is_still.recv_timeout(LONG).expect("they stand still");
+    }
+
+    /// The thread's result.
+    fn join<T>(thread: std::thread::JoinHandle<T>) -> T {
+        let deadline = Instant::now() + LONG;
+        while !thread.is_finished() {
+            assert!(Instant::now() < deadline, "it goes on");
+            std::thread::yield_now();
+        }
+        thread.join().unwrap()
+    }
 
     #[test]
     fn vcpus_stand_still_run_and_leave_as_ordered() {
@@ -169,24 +203,20 @@ mod tests {
                 })
             })
             .collect();
-        gate.wait_still();
+        wait_still(&gate);
         assert_eq!(rounds.load(Ordering::SeqCst), 0, "closed at first");
         for _ in 0..50 {
             let before = rounds.load(Ordering::SeqCst);
             gate.set(Order::Run);
-            while rounds.load(Ordering::SeqCst) == before {
-                std::thread::yield_now();
-            }
+            wait_for_rounds(&rounds, before);
             gate.set(Order::Pause);
-            gate.wait_still();
+            wait_still(&gate);
             let still = rounds.load(Ordering::SeqCst);
             std::thread::yield_now();
             assert_eq!(rounds.load(Ordering::SeqCst), still);
         }
         gate.set(Order::Exit);
-        threads
-            .into_iter()
-            .for_each(|thread| thread.join().unwrap());
+        threads.into_iter().for_each(join);
     }
 
     #[test]
@@ -200,7 +230,7 @@ mod tests {
             sleeper.pass()
         });
         gate.set(Order::Exit);
-        assert!(matches!(thread.join().unwrap(), Pass::Leave));
+        assert!(matches!(join(thread), Pass::Leave));
     }
 
     #[test]
@@ -219,17 +249,15 @@ mod tests {
         });
         for order in [Order::Pause, Order::Run] {
             gate.set(order);
-            gate.wait_still();
+            wait_still(&gate);
             assert_eq!(rounds.load(Ordering::SeqCst), 0);
         }
         gate.set_held(false);
-        while rounds.load(Ordering::SeqCst) == 0 {
-            std::thread::yield_now();
-        }
+        wait_for_rounds(&rounds, 0);
         gate.set_held(true);
-        gate.wait_still();
+        wait_still(&gate);
         gate.set(Order::Exit);
-        vcpu.join().unwrap();
+        join(vcpu);
     }
 
     #[test]
@@ -242,11 +270,11 @@ mod tests {
 
     #[test]
     fn a_vcpu_that_left_is_not_waited_for() {
-        let gate = Gate::new(1);
+        let gate = Arc::new(Gate::new(1));
         gate.set(Order::Run);
         assert_eq!(gate.pass(), Pass::Run);
         gate.leave();
         gate.set(Order::Pause);
-        gate.wait_still();
+        wait_still(&gate);
     }
 }
