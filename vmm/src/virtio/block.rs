@@ -352,8 +352,4 @@ impl From<DiskFault> for Failure {
 }
 
 #[cfg(test)]
-mod merge_tests;
-#[cfg(test)]
-mod storage_tests;
-#[cfg(test)]
 mod tests;

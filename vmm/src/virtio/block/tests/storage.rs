@@ -5,8 +5,8 @@ use std::sync::Arc;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use virtio_bindings::virtio_mmio as register;
 
-use super::Closing;
-use super::tests::{Bench, DATA, HEADER, OK, STATUS, UNTOUCHED, WRITE, bench};
+use super::super::Closing;
+use super::{Bench, DATA, HEADER, OK, STATUS, UNTOUCHED, WRITE, bench};
 use crate::virtio::fuzzing::HIGH_START;
 
 /// A request of one sector that the storage does not answer, rung for once.

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use dedup::{Engine, Pace, Run, Settings};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::segments::Segments;
-use super::disk::Disk;
-use super::transfer::{DiskIo, Moved, Position};
+use super::super::disk::Disk;
+use super::super::transfer::{DiskIo, Moved, Position};
 use crate::memory::ram::{Merger, Ram};
+use crate::virtio::segments::Segments;
 use crate::virtio::{Unbounded, fuzzing};
 
 const PAGES: usize = 256;
