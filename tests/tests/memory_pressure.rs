@@ -345,6 +345,33 @@ fn an_unmerge_that_does_not_fit_fails_and_hurts_no_vm() {
 }
 
 #[test]
+fn an_unmerge_that_another_order_takes_back_is_a_conflict_and_not_a_failure() {
+    if !kvm::is_present() {
+        return;
+    }
+    let monitor = eager_monitor("back");
+    let ids = merged(&monitor, 4);
+    let engine = monitor.engine();
+    monitor.set_memory_budget(Some(monitor.memory().use_bytes + 40 * MIB));
+    // One that may have victims is not refused before it begins.
+    monitor.set_unmerge_victims(true);
+    let unmerged = std::thread::scope(|scope| {
+        let unmerge = scope.spawn(|| monitor.set_run(Run::Unmerge));
+        wait_until("the unmerge starves, or is done", PATIENCE, || {
+            engine.memory_waited_for_bytes() > 0 || unmerge.is_finished()
+        });
+        monitor.set_run(Run::Merge).expect("nothing forbids it");
+        unmerge.join().expect("no panic")
+    });
+    let error = unmerged.expect_err("it was taken back");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert_eq!(engine.run(), Run::Merge);
+    assert_eq!(monitor.memory().unmerge_missing_bytes, None);
+    // The guard may have ended one before the other order came.
+    wait_verified(&monitor, &survivors(&monitor, &ids), 1);
+}
+
+#[test]
 fn an_unmerge_that_may_have_victims_ends_vms_until_it_fits() {
     if !kvm::is_present() {
         return;
