@@ -261,6 +261,8 @@ pub fn registers(disk: Disk, input: &[u8]) {
             0 => guest.set_up(u64::from_le_bytes(value)),
             1 => guest.poke(offset, &value),
             2 | 3 if verb >> 3 == 0 => guest.serve(),
+            // What waits for storage goes on waiting.
+            2 | 3 if verb >> 3 == 1 => guest.worker.serve(0),
             2 | 3 => guest.worker.serve(usize::from(verb >> 3)),
             4 => {
                 let mut bytes = [0; 8];

@@ -31,6 +31,9 @@ const IDLE: Duration = Duration::from_secs(5);
 const SLOW: Duration = Duration::from_millis(500);
 /// Stack of a thread: it makes system calls and little else.
 const STACK_BYTES: usize = 256 << 10;
+/// For fuzz targets, where whoever waits for a piece does it (`Closing::settle`): an input then has
+/// one outcome, and no time goes into switches between threads.
+const IS_THREADLESS: bool = cfg!(all(feature = "fuzzing", not(test)));
 
 /// What is done with the file.
 #[derive(Debug)]
@@ -221,6 +224,9 @@ impl Shared {
 
     /// Has a thread look at the state.
     fn wake(self: &Arc<Shared>, state: &mut State, label: &str) -> io::Result<()> {
+        if IS_THREADLESS {
+            return Ok(());
+        }
         if state.has_thread {
             self.changed.notify_all();
             return Ok(());
@@ -245,24 +251,29 @@ impl Shared {
 
     /// The thread.
     fn work(&self) {
-        while let Some(next) = self.next() {
-            match next {
-                Next::Piece(operation, file) => {
-                    #[cfg(test)]
-                    self.hang();
-                    let done = operation.carry_out(&file);
-                    // Before anybody hears of it: the last one to hold the file closes it.
-                    drop(file);
-                    self.lock().piece = Piece::Done(done);
-                    self.ring();
-                }
-                Next::Close(file) => {
-                    drop(file);
-                    self.lock().end = End::Closed;
-                    self.changed.notify_all();
-                    return;
-                }
+        while self.step() {}
+    }
+
+    /// Does what is next. False if nothing comes after it.
+    fn step(&self) -> bool {
+        match self.next() {
+            Some(Next::Piece(operation, file)) => {
+                #[cfg(test)]
+                self.hang();
+                let done = operation.carry_out(&file);
+                // Before anybody hears of it: the last one to hold the file closes it.
+                drop(file);
+                self.lock().piece = Piece::Done(done);
+                self.ring();
+                true
             }
+            Some(Next::Close(file)) => {
+                drop(file);
+                self.lock().end = End::Closed;
+                self.changed.notify_all();
+                false
+            }
+            None => false,
         }
     }
 
@@ -323,6 +334,9 @@ impl Closing {
     /// Waits until no piece is under way. True if one is done that somebody wants to hear of.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn settle(&self) -> bool {
+        if IS_THREADLESS && matches!(self.0.lock().piece, Piece::Waiting(..)) {
+            self.0.step();
+        }
         let is_busy =
             |state: &mut State| matches!(state.piece, Piece::Waiting(..) | Piece::UnderWay(_));
         let settled = self.0.changed.wait_while(self.0.lock(), is_busy);
