@@ -39,7 +39,7 @@ test-loom: ## Run only the models of the shutdown protocol and their mutants (pa
 test-deep: ## Run the models with more preemptions, and 200,000 random histories of the engine
 	@$(STEPS) test-deep packages loom random
 
-miri: ## Run tests of the pure modules of dedup under Miri, which needs a nightly toolchain (some minutes)
+miri: ## Run tests of the pure modules of dedup and vmm under Miri, which needs a nightly toolchain (some minutes)
 	@$(STEPS) miri packages miri
 
 siege: ## Besiege one server with hostile clients and guests, in a cgroup of 1 GiB; needs root (a quarter of an hour)
