@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use rustix::process::Signal;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use samepage_tests::server::Server;
 use samepage_tests::wait::wait_until;
 use samepage_tests::{kvm, linux};
@@ -100,4 +101,41 @@ fn write_past_the_limit_of_file_sizes_is_an_error_of_its_guest_and_not_the_serve
     assert!(console.contains("\nlow 0\n"), "{console}");
     assert!(console.contains("\nhigh 1\n"), "{console}");
     assert_eq!(server.call("GET", "/version", "").status, 200);
+}
+
+/// Session and terminal of a process: fields 6 and 7 of its `stat` (proc(5)).
+fn session_and_terminal(pid: u32) -> (String, String) {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Behind the name, which may have spaces: state, parent, group, session, terminal.
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let fields: Vec<&str> = fields.split(' ').collect();
+    (fields[3].to_owned(), fields[4].to_owned())
+}
+
+#[test]
+fn terminal_that_is_named_as_a_file_never_becomes_the_servers_own() {
+    if !kvm::is_present() {
+        return;
+    }
+    // Who leads a session without a terminal gets the first one that it opens carelessly.
+    let server = Server::start_after("set -- setsid \"$@\"", &[]);
+    let before = session_and_terminal(server.pid());
+    assert_eq!(before, (server.pid().to_string(), "0".to_owned()));
+    let keys = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&keys).unwrap();
+    unlockpt(&keys).unwrap();
+    let terminal = ptsname(&keys, Vec::new()).unwrap().into_string().unwrap();
+
+    let kernel = "builtin:pageload";
+    let drive = json!({ "drive_id": "d", "path_on_host": terminal, "is_root_device": false });
+    for config in [
+        json!({ "boot-source": { "kernel_image_path": terminal } }),
+        json!({ "boot-source": { "kernel_image_path": kernel, "initrd_path": terminal } }),
+        json!({ "boot-source": { "kernel_image_path": kernel }, "drives": [drive] }),
+    ] {
+        let refused = server.call("PUT", "/vms/a", &config.to_string());
+        assert_eq!(refused.status, 400, "{config}");
+        assert!(refused.fault().contains(&terminal), "{}", refused.fault());
+    }
+    assert_eq!(session_and_terminal(server.pid()), before);
 }
