@@ -165,8 +165,8 @@ pub struct SamepageConfig {
     /// Who merges this VM's memory.
     #[serde(default)]
     pub merge: MergeMode,
-    /// Which VM is to go first when memory runs out: the lowest. Kept and shown; nothing acts on it
-    /// yet.
+    /// Which VM is ended first when memory runs out: the lowest, and of several that one with the most
+    /// private memory. Counts among all VMs that share the limit, also in other merge domains.
     #[serde(default)]
     pub oom_priority: i32,
 }

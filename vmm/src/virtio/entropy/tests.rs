@@ -104,6 +104,16 @@ fn a_request_of_gigabytes_gets_no_more_than_64_kib_and_stops_at_the_end_of_memor
 }
 
 #[test]
+fn requests_of_buffers_of_a_byte_use_a_turn_up_by_the_calls_that_they_take() {
+    let mut room = Segments::default();
+    for address in DATA..DATA + u64::from(CHAIN_LENGTH_MAX) {
+        room.push(GuestAddress(address), 1).unwrap();
+    }
+    let served = answer(&room, room.length_bytes());
+    assert!(16 * served.cost_bytes >= Budget::SLICE.cost_bytes);
+}
+
+#[test]
 fn a_host_without_random_bytes_gives_none_and_the_driver_its_buffer() {
     let allowance = Arc::new(Unbounded);
     let mut entropy = Entropy::new(unlimited(), allowance.clone());
