@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vmm::{MergeDomain, VmId};
 
+use crate::domain_name::DomainName;
 use crate::vm_args::VmArgs;
 
 /// Run many near-identical microVMs and give the memory they have in common back to the host
@@ -42,6 +43,9 @@ pub struct Cli {
 pub enum Command {
     /// Serve the REST API on a unix socket until SIGINT, SIGTERM or SIGHUP
     Serve(ServeArgs),
+    /// Serve one merge domain on a socket that is inherited as standard input
+    #[command(hide = true)]
+    Monitor(MonitorArgs),
     /// Run one VM in the foreground, its console on this terminal
     Run(RunArgs),
     /// Create and start a VM on the server
@@ -97,6 +101,24 @@ pub struct ServeArgs {
     /// Also stop when standard input ends, so that a parent process cannot leave a server behind
     #[arg(long)]
     pub stop_on_stdin_end: bool,
+}
+
+/// Arguments of `monitor`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Not for users: whoever starts one binds its socket, hands it over as standard input, and waits for
+the line `ready` on standard output. SIGTERM ends all VMs and then the monitor.
+
+Examples:
+  samepage monitor --domain ci")]
+pub struct MonitorArgs {
+    /// The merge domain, or vm:ID for that of a VM which names none
+    #[arg(long, value_name = "NAME")]
+    pub domain: DomainName,
+
+    /// Memory in MiB that the domain may take
+    #[arg(long, value_name = "MIB")]
+    pub memory_budget_mib: Option<u32>,
 }
 
 /// Arguments of `run`.

@@ -19,6 +19,22 @@ pub enum DomainName {
     Private(VmId),
 }
 
+impl DomainName {
+    /// What its monitor calls it. Only a label: a private domain's may be another's name.
+    ///
+    /// # Errors
+    /// If the id of a private domain's VM is no name of a domain; ids have the same alphabet.
+    pub(crate) fn to_label(&self) -> Result<MergeDomain, String> {
+        match self {
+            DomainName::Named(domain) => Ok(domain.clone()),
+            DomainName::Private(id) => id
+                .to_string()
+                .parse()
+                .map_err(|error| format!("vm {id}: {error}")),
+        }
+    }
+}
+
 impl fmt::Display for DomainName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -37,6 +37,8 @@ pub struct FrontDoor {
     patching: Mutex<()>,
     places: Places,
     settings: dedup::Settings,
+    /// The one domain that it serves; `None` for any.
+    only: Option<DomainName>,
 }
 
 #[derive(Debug, Default)]
@@ -61,7 +63,22 @@ impl FrontDoor {
             patching: Mutex::default(),
             places: Places::default(),
             settings,
+            only: None,
         }
+    }
+
+    /// One that serves `domain` and no other, and keeps it while it has no VMs.
+    ///
+    /// # Errors
+    /// 500 if its monitor cannot be made.
+    pub fn of_one_domain(
+        domain: DomainName,
+        settings: dedup::Settings,
+    ) -> Result<FrontDoor, Fault> {
+        let mut door = FrontDoor::new(settings);
+        door.keep_open(&domain)?;
+        door.only = Some(domain);
+        Ok(door)
     }
 
     /// Opens a merge domain that stays even without VMs.
@@ -69,10 +86,13 @@ impl FrontDoor {
     /// # Errors
     /// 500 if its monitor cannot be made.
     pub fn declare(&self, domain: MergeDomain) -> Result<(), Fault> {
-        let name = DomainName::Named(domain);
+        self.keep_open(&DomainName::Named(domain))
+    }
+
+    fn keep_open(&self, name: &DomainName) -> Result<(), Fault> {
         let mut roster = self.roster();
-        roster.open(&name, &self.settings)?;
-        if let Some(residence) = roster.domains.get_mut(&name) {
+        roster.open(name, &self.settings)?;
+        if let Some(residence) = roster.domains.get_mut(name) {
             residence.is_declared = true;
         }
         Ok(())
@@ -89,17 +109,9 @@ impl FrontDoor {
     /// The domain whose monitor carries `request` out; `None` for those of the whole server.
     fn domain_of(&self, request: &Request) -> Option<DomainName> {
         match request {
-            Request::Version | Request::OpenApi | Request::ListVms | Request::ListDomains => None,
             Request::CreateVm(id, config) => Some(domain_for(id, config)),
-            Request::DescribeVm(id)
-            | Request::DeleteVm(id)
-            | Request::ActOnVm(id, _)
-            | Request::ConfigureVm(id, _)
-            | Request::SetVmState(id, _)
-            | Request::DescribeVmConfig(id)
-            | Request::DescribeVmMerge(id)
-            | Request::VmConsole(id) => self.roster().vms.get(id).cloned(),
             Request::DescribeDomain(name) | Request::PatchDomain(name, _) => Some(name.clone()),
+            _ => self.roster().vms.get(request.vm()?).cloned(),
         }
     }
 
@@ -201,6 +213,10 @@ impl FrontDoor {
         let refused = |error| Fault::bad_request(format!("vm {id}: {error}"));
         config.validate().map_err(refused)?;
         let name = domain_for(id, &config);
+        if let Some(only) = self.only.as_ref().filter(|only| **only != name) {
+            let message = format!("vm {id}: merge domain {name}: this monitor serves only {only}");
+            return Err(Fault::bad_request(message));
+        }
         let monitor = self.roster().admit(id, &name, &self.settings)?;
         if let Err(error) = monitor.create(id.clone(), config) {
             let emptied = self.roster().dismiss(id);
@@ -355,14 +371,7 @@ impl Roster {
         if let Some(residence) = self.domains.get(name) {
             return Ok(Arc::clone(&residence.monitor));
         }
-        let label = match name {
-            DomainName::Named(domain) => domain.clone(),
-            // Same alphabet and length; only a label, the monitor is nobody else's.
-            DomainName::Private(id) => id
-                .to_string()
-                .parse()
-                .map_err(|error| Fault::internal(format!("vm {id}: {error}")))?,
-        };
+        let label = name.to_label().map_err(Fault::internal)?;
         let monitor = Monitor::new(label, settings.clone())
             .map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
         let monitor = Arc::new(monitor);

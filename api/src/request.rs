@@ -42,6 +42,29 @@ pub enum Request {
     PatchDomain(DomainName, MergePatch),
 }
 
+impl Request {
+    /// The VM that it is about, if it is about one.
+    pub fn vm(&self) -> Option<&VmId> {
+        match self {
+            Request::Version
+            | Request::OpenApi
+            | Request::ListVms
+            | Request::ListDomains
+            | Request::DescribeDomain(_)
+            | Request::PatchDomain(..) => None,
+            Request::CreateVm(id, _)
+            | Request::DescribeVm(id)
+            | Request::DeleteVm(id)
+            | Request::ActOnVm(id, _)
+            | Request::ConfigureVm(id, _)
+            | Request::SetVmState(id, _)
+            | Request::DescribeVmConfig(id)
+            | Request::DescribeVmMerge(id)
+            | Request::VmConsole(id) => Some(id),
+        }
+    }
+}
+
 /// The body of `PUT /vms/{id}/actions`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -4,6 +4,7 @@ pub mod console;
 pub mod demo;
 pub mod doctor;
 pub mod launch;
+pub mod monitor;
 pub mod ps;
 pub mod run;
 pub mod serve;
@@ -70,6 +71,7 @@ pub async fn execute(cli: Cli) -> Result<ExitCode, CommandError> {
     let client = Client::new(&socket);
     match cli.command {
         Command::Serve(args) => serve::serve(&socket, args).await?,
+        Command::Monitor(args) => monitor::monitor(args).await?,
         Command::Run(args) => return run::run(&args).await,
         Command::Launch(args) => launch::launch(&client, &args).await?,
         Command::Ps(args) => ps::ps(&client, &args).await?,

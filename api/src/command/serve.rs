@@ -34,15 +34,7 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     if let Err(error) = limits::raise() {
         log::warn!("cannot raise the limits of open files and file sizes: {error}");
     }
-    let settings = dedup::Settings {
-        run: dedup::Run::Merge,
-        memory_budget_bytes: args
-            .memory_budget_mib
-            .filter(|&mib| mib > 0)
-            .map(|mib| u64::from(mib) << 20),
-        ..dedup::Settings::default()
-    };
-    let door = Arc::new(FrontDoor::new(settings));
+    let door = Arc::new(FrontDoor::new(settings(args.memory_budget_mib)));
     for domain in args.domains {
         door.declare(domain)
             .map_err(|fault| CommandError::Other(fault.message))?;
@@ -82,6 +74,17 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
         Ok(()) = is_cut => {
             Err(CommandError::Other("ended by a second signal, not all vms in order".to_owned()))
         }
+    }
+}
+
+/// How the engine of each domain starts; no budget and one of 0 are none.
+pub(super) fn settings(memory_budget_mib: Option<u32>) -> dedup::Settings {
+    dedup::Settings {
+        run: dedup::Run::Merge,
+        memory_budget_bytes: memory_budget_mib
+            .filter(|&mib| mib > 0)
+            .map(|mib| u64::from(mib) << 20),
+        ..dedup::Settings::default()
     }
 }
 
