@@ -101,6 +101,23 @@ pub struct ServeArgs {
     /// Also stop when standard input ends, so that a parent process cannot leave a server behind
     #[arg(long)]
     pub stop_on_stdin_end: bool,
+
+    /// Give each merge domain a process of its own, and keep its socket and log in this directory
+    ///
+    /// VMs then go on when the server ends, and a server that is started again on the same directory
+    /// finds them. Experimental: domains that share a cgroup's limit do not agree on whose VM ends
+    /// when it is reached.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+
+    /// With --state-dir: make a memory cgroup for each merge domain in this one, version 1 or 2, with
+    /// the domain's budget as its limit; it must have no processes of its own
+    #[arg(long, value_name = "DIR", requires = "state_dir")]
+    pub cgroup: Option<PathBuf>,
+
+    /// With --state-dir: end all VMs when the server ends
+    #[arg(long, requires = "state_dir")]
+    pub stop_all_on_exit: bool,
 }
 
 /// Arguments of `monitor`.
@@ -119,6 +136,14 @@ pub struct MonitorArgs {
     /// Memory in MiB that the domain may take
     #[arg(long, value_name = "MIB")]
     pub memory_budget_mib: Option<u32>,
+
+    /// Keep what each VM's console showed last in a file in this directory
+    #[arg(long, value_name = "DIR")]
+    pub console_tails: Option<PathBuf>,
+
+    /// Also stop when nobody holds the other end of standard output, a pipe, any more
+    #[arg(long)]
+    pub end_with_parent: bool,
 }
 
 /// Arguments of `run`.

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::fault::FaultBody;
-use crate::model::{Domain, Version, VmDescription, VmMerge};
+use crate::model::{Domain, DomainReply, Version, VmDescription, VmMerge};
 use crate::reply::CONSOLE_PROTOCOL;
 use crate::request::{ActionBody, ActionType, DesiredState, MergePatch, StateBody};
 
@@ -143,7 +143,7 @@ impl Client {
     }
 
     /// `GET /merge`
-    pub async fn list_domains(&self) -> Result<BTreeMap<String, Domain>, ClientError> {
+    pub async fn list_domains(&self) -> Result<BTreeMap<String, DomainReply>, ClientError> {
         self.get("/merge").await
     }
 

@@ -11,12 +11,13 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper::body::Bytes;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use vmm::{Console, ConsoleReader};
 
 use crate::fault::Fault;
@@ -26,7 +27,7 @@ use crate::wire::Wire;
 pub const STREAMS_MAX: u32 = 1024;
 
 /// How often it is looked whether a client that gave up typing is still there.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+pub(crate) const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// How long to wait before input that the guest did not take is tried again; twice as long each
 /// time, up to [`LOOK_INTERVAL`].
 const INPUT_RETRY: Duration = Duration::from_millis(5);
@@ -51,15 +52,23 @@ impl ConsoleStreams {
     /// # Errors
     /// 503 if [`STREAMS_MAX`] are open.
     pub fn open(&self, upgrade: OnUpgrade, console: Console) -> Result<(), Fault> {
-        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
-            let most = format!("the server has {STREAMS_MAX} of them open, which is the most");
-            Fault::unavailable(format!("console stream: {most}"))
-        })?;
+        let place = self.place()?;
         tokio::spawn(async move {
             pump(upgrade, console).await;
             drop(place);
         });
         Ok(())
+    }
+
+    /// A place among the streams, for as long as the permit lives.
+    ///
+    /// # Errors
+    /// As [`ConsoleStreams::open`].
+    pub(crate) fn place(&self) -> Result<OwnedSemaphorePermit, Fault> {
+        Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
+            let most = format!("the server has {STREAMS_MAX} of them open, which is the most");
+            Fault::unavailable(format!("console stream: {most}"))
+        })
     }
 
     /// Waits until no stream is open. They end with their VMs, or when their clients leave.
@@ -70,24 +79,31 @@ impl ConsoleStreams {
 }
 
 async fn pump(upgrade: OnUpgrade, console: Console) {
-    let upgraded = match upgrade.await {
-        Ok(upgraded) => upgraded,
-        Err(error) => {
-            log::debug!("console stream: {error}");
-            return;
-        }
-    };
-    let Ok(parts) = upgraded.downcast::<TokioIo<Wire<UnixStream>>>() else {
-        log::error!("console stream: the connection is not one of the api socket");
+    let Some((stream, early)) = connection_of(upgrade).await else {
         return;
     };
-    let stream = parts.io.into_inner().into_inner();
     let (from_client, to_client) = stream.into_split();
     // Either side's end drops the other.
     tokio::select! {
         () = forward_output(to_client, console.subscribe()) => {}
-        () = forward_input(from_client, parts.read_buf.to_vec(), console) => {}
+        () = forward_input(from_client, early.to_vec(), console) => {}
     }
+}
+
+/// The connection of the API's socket that was upgraded, and what the client has sent already.
+pub(crate) async fn connection_of(upgrade: OnUpgrade) -> Option<(UnixStream, Bytes)> {
+    let upgraded = match upgrade.await {
+        Ok(upgraded) => upgraded,
+        Err(error) => {
+            log::debug!("console stream: {error}");
+            return None;
+        }
+    };
+    let Ok(parts) = upgraded.downcast::<TokioIo<Wire<UnixStream>>>() else {
+        log::error!("console stream: the connection is not one of the api socket");
+        return None;
+    };
+    Some((parts.io.into_inner().into_inner(), parts.read_buf))
 }
 
 /// What a reader has been told of the output that it missed.
@@ -157,7 +173,7 @@ async fn forward_input(mut from_client: OwnedReadHalf, early: Vec<u8>, console: 
 }
 
 /// Whether, after `time`, the client's end of the connection still exists.
-async fn is_there_after(client: &OwnedReadHalf, time: Duration) -> bool {
+pub(crate) async fn is_there_after(client: &OwnedReadHalf, time: Duration) -> bool {
     tokio::time::sleep(time).await;
     let ready = client.as_ref().ready(Interest::WRITABLE);
     match tokio::time::timeout(Duration::ZERO, ready).await {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use vmm::config::VmConfig;
 use vmm::{MergeDomain, VmId};
 
 /// Marks the domain that one VM has to itself. Not in the alphabet of names, so that no merge
@@ -20,6 +21,14 @@ pub enum DomainName {
 }
 
 impl DomainName {
+    /// That of a VM which is to be created.
+    pub fn of_vm(id: &VmId, config: &VmConfig) -> DomainName {
+        match &config.samepage.merge_domain {
+            Some(domain) => DomainName::Named(domain.clone()),
+            None => DomainName::Private(id.clone()),
+        }
+    }
+
     /// What its monitor calls it. Only a label: a private domain's may be another's name.
     ///
     /// # Errors

@@ -22,6 +22,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use vmm::config::VmConfig;
 use vmm::{Console, MergeDomain, Monitor, MonitorError, VmId};
 
+use crate::console_tails::ConsoleTails;
 use crate::domain_name::DomainName;
 use crate::fault::{Fault, conflict_or, refusal};
 use crate::merge_report;
@@ -39,6 +40,8 @@ pub struct FrontDoor {
     settings: dedup::Settings,
     /// The one domain that it serves; `None` for any.
     only: Option<DomainName>,
+    /// Where the ends of what consoles show are kept, if they are.
+    tails: Option<ConsoleTails>,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +67,7 @@ impl FrontDoor {
             places: Places::default(),
             settings,
             only: None,
+            tails: None,
         }
     }
 
@@ -74,10 +78,12 @@ impl FrontDoor {
     pub fn of_one_domain(
         domain: DomainName,
         settings: dedup::Settings,
+        tails: Option<ConsoleTails>,
     ) -> Result<FrontDoor, Fault> {
         let mut door = FrontDoor::new(settings);
         door.keep_open(&domain)?;
         door.only = Some(domain);
+        door.tails = tails;
         Ok(door)
     }
 
@@ -109,7 +115,7 @@ impl FrontDoor {
     /// The domain whose monitor carries `request` out; `None` for those of the whole server.
     fn domain_of(&self, request: &Request) -> Option<DomainName> {
         match request {
-            Request::CreateVm(id, config) => Some(domain_for(id, config)),
+            Request::CreateVm(id, config) => Some(DomainName::of_vm(id, config)),
             Request::DescribeDomain(name) | Request::PatchDomain(name, _) => Some(name.clone()),
             _ => self.roster().vms.get(request.vm()?).cloned(),
         }
@@ -212,7 +218,7 @@ impl FrontDoor {
         // Before a monitor is made for it, which takes threads, descriptors and mappings.
         let refused = |error| Fault::bad_request(format!("vm {id}: {error}"));
         config.validate().map_err(refused)?;
-        let name = domain_for(id, &config);
+        let name = DomainName::of_vm(id, &config);
         if let Some(only) = self.only.as_ref().filter(|only| **only != name) {
             let message = format!("vm {id}: merge domain {name}: this monitor serves only {only}");
             return Err(Fault::bad_request(message));
@@ -222,6 +228,9 @@ impl FrontDoor {
             let emptied = self.roster().dismiss(id);
             drop(emptied);
             return Err(conflict_or(&error));
+        }
+        if let (Some(tails), Ok(console)) = (&self.tails, monitor.console(id)) {
+            tails.keep(id, &console);
         }
         Ok(Reply::Empty)
     }
@@ -381,13 +390,5 @@ impl Roster {
         };
         self.domains.insert(name.clone(), residence);
         Ok(monitor)
-    }
-}
-
-/// The domain of a VM that is to be created.
-fn domain_for(id: &VmId, config: &VmConfig) -> DomainName {
-    match &config.samepage.merge_domain {
-        Some(domain) => DomainName::Named(domain.clone()),
-        None => DomainName::Private(id.clone()),
     }
 }

@@ -15,10 +15,12 @@
 //! |---|---|
 //! | [`route`], [`request`] | method, path and body to a [`request::Request`]; pure |
 //! | [`domain_name`] | how paths and replies name a merge domain |
+//! | [`domains`] | merge domains as processes: started, found again, asked |
 //! | [`front_door`] | which monitor serves which VM, and what each request does there |
 //! | [`merge_report`] | what is told of merging, by the engine and by kernel KSM |
 //! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
 //! | [`server`], [`socket`], [`console_stream`] | the unix socket and HTTP on it |
+//! | [`console_tails`] | what consoles showed last, for when their monitor is gone |
 //! | [`connections`], [`places`] | how many connections there may be, and requests in hand at a time |
 //! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
 //! | [`client`] | the other end of it |
@@ -31,7 +33,8 @@
 //!
 //! # Locks
 //! Three of our own, `FrontDoor`'s roster, its lock of patches and its places, one at a time; see
-//! [`front_door`].
+//! [`front_door`]. Where domains are processes there is none of these but a gateway's, in its order:
+//! a domain's `monitor`, then the roster; see [`domains::gateway`].
 //! No lock of a monitor is taken under the roster but those inside `Monitor::new`, and under the
 //! other only the engine's control.
 //!
@@ -48,8 +51,10 @@ pub mod client;
 pub mod command;
 pub mod connections;
 pub mod console_stream;
+pub mod console_tails;
 pub mod doctor;
 pub mod domain_name;
+pub mod domains;
 pub mod fault;
 pub mod front_door;
 #[cfg(test)]

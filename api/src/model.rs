@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use vmm::config::MergeMode;
 use vmm::{KsmProcess, MemoryInfo, VmInfo, VmState, WriteProbe};
 
+use crate::fault::FaultBody;
+
 /// Reply of `GET /version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Version {
@@ -26,11 +28,13 @@ pub struct VmDescription {
     pub app_name: String,
     /// Samepage's version.
     pub vmm_version: String,
-    /// `Not started`, `Running`, `Paused` (Firecracker's words) or `Ended`.
+    /// `Not started`, `Running`, `Paused` (Firecracker's words), `Ended`, or `Unknown` while its
+    /// monitor does not answer.
     pub state: String,
-    /// Why it ended, by name: `guest_shutdown`, `guest_panic`, ...; null before.
+    /// Why it ended, by name: `guest_shutdown`, `guest_panic`, ..., or `crashed` if its monitor ended
+    /// under it; null before.
     pub end_reason: Option<String>,
-    /// The same for a human, with details; null before.
+    /// The same for a human, with details, or why its state is unknown; null before.
     pub end_message: Option<String>,
     /// The merge domain its config names; null if it shares with nobody.
     pub merge_domain: Option<String>,
@@ -61,6 +65,16 @@ pub struct Report {
     pub verified_pages: u64,
     /// How long single writes took; null if the guest times none.
     pub probe: Option<WriteProbe>,
+}
+
+/// A value of `GET /merge`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum DomainReply {
+    /// The domain.
+    Told(Box<Domain>),
+    /// Its monitor does not answer, and why.
+    Silent(FaultBody),
 }
 
 /// Reply of `GET /merge/{domain}`, and a value of `GET /merge`.

@@ -18,6 +18,8 @@ use tokio::sync::watch;
 
 use crate::connections::{Connections, Turn};
 use crate::console_stream::ConsoleStreams;
+use crate::domains::gateway::Gateway;
+use crate::domains::proxy::Received;
 use crate::fault::Fault;
 use crate::front_door::FrontDoor;
 use crate::reply::{self, CONSOLE_PROTOCOL};
@@ -48,6 +50,15 @@ pub const CLOSE_TIME: Duration = Duration::from_secs(15);
 /// waits for a client.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
 
+/// Who carries requests out.
+#[derive(Debug, Clone)]
+pub enum Backend {
+    /// Monitors in this process.
+    InProcess(Arc<FrontDoor>),
+    /// A process for each merge domain.
+    PerDomain(Arc<Gateway>),
+}
+
 /// The VMs did not all end when the server was told to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("not all vms ended within {CLOSE_TIME:?}")]
@@ -60,7 +71,7 @@ pub struct NotClosed;
 /// If a VM hangs at its end.
 pub async fn serve(
     listener: UnixListener,
-    door: Arc<FrontDoor>,
+    backend: Backend,
     stop: impl Future<Output = ()>,
 ) -> Result<(), NotClosed> {
     let (stopping, stopped) = watch::channel(false);
@@ -71,18 +82,25 @@ pub async fn serve(
         tokio::select! {
             () = &mut stop => break,
             stream = accept(&listener) => connections.add(stream, |stream, turn| {
-                let house = (Arc::clone(&door), streams.clone());
-                converse(stream, turn, house, stopped.clone())
+                let shared = (backend.clone(), streams.clone());
+                converse(stream, turn, shared, stopped.clone())
             }),
         }
     }
     drop(listener);
-    close(door).await?;
+    // Streams of VMs that go on would not end.
+    let waits_for_streams = match &backend {
+        Backend::InProcess(_) => true,
+        Backend::PerDomain(gateway) => !gateway.leaves_vms(),
+    };
+    close(backend).await?;
     stopping.send_replace(true);
     let farewell = async {
         connections.ended().await;
         // With their VMs they have ended; what those said last is still on its way.
-        streams.ended().await;
+        if waits_for_streams {
+            streams.ended().await;
+        }
     };
     if tokio::time::timeout(FAREWELL_TIME, farewell).await.is_err() {
         log::warn!("connections cut that did not finish in {FAREWELL_TIME:?}");
@@ -109,8 +127,11 @@ async fn accept(listener: &UnixListener) -> UnixStream {
 }
 
 /// Ends all VMs.
-async fn close(door: Arc<FrontDoor>) -> Result<(), NotClosed> {
-    let closing = tokio::task::spawn_blocking(move || door.close());
+async fn close(backend: Backend) -> Result<(), NotClosed> {
+    let closing = match backend {
+        Backend::InProcess(door) => tokio::task::spawn_blocking(move || door.close()),
+        Backend::PerDomain(gateway) => tokio::spawn(async move { gateway.close().await }),
+    };
     match tokio::time::timeout(CLOSE_TIME, closing).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {
@@ -124,13 +145,13 @@ async fn close(door: Arc<FrontDoor>) -> Result<(), NotClosed> {
 async fn converse(
     stream: UnixStream,
     turn: Arc<Turn>,
-    (door, streams): (Arc<FrontDoor>, ConsoleStreams),
+    (backend, streams): (Backend, ConsoleStreams),
     mut stopped: watch::Receiver<bool>,
 ) {
     let service = service_fn(move |request| {
-        let (door, streams, turn) = (Arc::clone(&door), streams.clone(), Arc::clone(&turn));
+        let (backend, streams, turn) = (backend.clone(), streams.clone(), Arc::clone(&turn));
         async move {
-            let response = answer(&door, &streams, &turn, request).await;
+            let response = answer(&backend, &streams, &turn, request).await;
             turn.answered();
             Ok::<_, Infallible>(response)
         }
@@ -166,13 +187,13 @@ where
 }
 
 async fn answer(
-    door: &Arc<FrontDoor>,
+    backend: &Backend,
     streams: &ConsoleStreams,
     turn: &Turn,
     request: hyper::Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let answered = answer_or_fault(door, streams, turn, request).await;
+    let answered = answer_or_fault(backend, streams, turn, request).await;
     let response = answered.unwrap_or_else(|fault| {
         if fault.status == StatusCode::INTERNAL_SERVER_ERROR {
             log::error!("{method} {path}: {}", fault.message);
@@ -184,7 +205,7 @@ async fn answer(
 }
 
 async fn answer_or_fault(
-    door: &Arc<FrontDoor>,
+    backend: &Backend,
     streams: &ConsoleStreams,
     turn: &Turn,
     request: hyper::Request<Incoming>,
@@ -199,16 +220,34 @@ async fn answer_or_fault(
             .eq_ignore_ascii_case(CONSOLE_PROTOCOL.as_bytes())
     });
     if let (Request::VmConsole(id), true) = (&request, wants_stream) {
-        let console = door.console(id)?;
         let upgrade = parts
             .extensions
             .remove::<hyper::upgrade::OnUpgrade>()
-            .ok_or_else(|| Fault::bad_request("console stream: needs `Connection: Upgrade`"))?;
-        streams.open(upgrade, console)?;
-        return Ok(reply::switch_to_console());
+            .ok_or_else(|| Fault::bad_request("console stream: needs `Connection: Upgrade`"));
+        return match backend {
+            Backend::InProcess(door) => {
+                let console = door.console(id)?;
+                streams.open(upgrade?, console)?;
+                Ok(reply::switch_to_console())
+            }
+            Backend::PerDomain(gateway) => {
+                let path = parts.uri.path();
+                gateway.stream(&request, path, upgrade?, streams).await
+            }
+        };
     }
+    let door = match backend {
+        Backend::InProcess(door) => Arc::clone(door),
+        Backend::PerDomain(gateway) => {
+            let received = Received {
+                method: parts.method,
+                path: parts.uri.path().to_owned(),
+                body,
+            };
+            return gateway.answer(request, received).await;
+        }
+    };
     let place = door.place_for(&request).await?;
-    let door = Arc::clone(door);
     let handle = move || {
         let reply = door.handle(request);
         drop(place);

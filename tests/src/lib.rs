@@ -6,6 +6,7 @@
 //! | [`cgroup`] | a memory cgroup with a limit |
 //! | [`density`] | the density benchmark, `cargo run --release -p samepage-tests --bin density` |
 //! | [`server`] | a server process that ends with its test |
+//! | [`domains`] | a server whose merge domains are processes |
 //! | [`guest_memory`] | guests' memory, read out of the server for an oracle |
 //! | [`guests`] | VMs in a monitor of the test's own process |
 //! | [`http`] | HTTP as bytes, independent of our own client |
@@ -27,6 +28,7 @@ pub mod cgroup;
 pub mod debian;
 pub mod density;
 pub mod disk_storm;
+pub mod domains;
 pub mod guest_memory;
 pub mod guests;
 pub mod http;

@@ -70,7 +70,7 @@ pub async fn execute(cli: Cli) -> Result<ExitCode, CommandError> {
     let socket = cli.api_sock.unwrap_or_else(default_socket);
     let client = Client::new(&socket);
     match cli.command {
-        Command::Serve(args) => serve::serve(&socket, args).await?,
+        Command::Serve(args) => serve::serve(&socket, &args).await?,
         Command::Monitor(args) => monitor::monitor(args).await?,
         Command::Run(args) => return run::run(&args).await,
         Command::Launch(args) => launch::launch(&client, &args).await?,

@@ -1,7 +1,7 @@
 //! `samepage monitor`: the process of one merge domain.
 //!
 //! It serves its socket as `serve` does, but makes VMs of its own domain alone. It is told nothing
-//! by its parent once it runs, so it goes on when the parent is gone.
+//! by its parent once it runs, so it goes on when the parent is gone, unless it is to end then.
 //!
 //! The socket comes as standard input, because a process can be started with that without unsafe
 //! code. It comes bound; the monitor listens on it itself. From then on `SO_PEERCRED` names the
@@ -9,27 +9,29 @@
 //! supervisor that was started anew can tell which process it talks to.
 
 use std::fs::File;
-use std::io::stdin;
+use std::future::pending;
+use std::io::{stdin, stdout};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketType, listen, sockopt};
 use rustix::stdio::dup2_stdin;
+use tokio::io::Interest;
 use tokio::net::UnixListener;
+use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::cli::MonitorArgs;
 use crate::command::{CommandError, print, serve};
 use crate::connections::CONNECTIONS_MAX;
+use crate::console_tails::ConsoleTails;
+use crate::domains::process::READY;
 use crate::front_door::FrontDoor;
 use crate::limits;
-use crate::server;
+use crate::server::{self, Backend};
 use crate::signals::EndSignals;
-
-/// What standard output says once requests are taken.
-pub const READY: &str = "ready";
 
 /// Serves one merge domain until SIGTERM. A second one ends the monitor at once.
 ///
@@ -49,15 +51,20 @@ pub async fn monitor(args: MonitorArgs) -> Result<(), CommandError> {
     }
     let listener = inherited_listener()?;
     let settings = serve::settings(args.memory_budget_mib);
-    let door = FrontDoor::of_one_domain(args.domain, settings)
+    let tails = args.console_tails.map(ConsoleTails::new);
+    let door = FrontDoor::of_one_domain(args.domain, settings, tails)
         .map_err(|fault| CommandError::Other(fault.message))?;
     // Requests are served after this alone. If nobody is there to be told, the supervisor has died
     // over the start; its successor must find no monitor rather than one that nobody waited for.
-    print(&format!("{READY}\n"))?;
+    print(READY)?;
+    let output = args.end_with_parent.then(watched_output).transpose()?;
     let (stop, stopped) = oneshot::channel();
     let (cut, is_cut) = oneshot::channel();
     tokio::spawn(async move {
-        signals.came().await;
+        tokio::select! {
+            _ = signals.came() => {}
+            () = reader_gone(output) => {}
+        }
         // Nobody listens to either if the server has ended by itself.
         let _ = stop.send(());
         signals.came().await;
@@ -65,12 +72,30 @@ pub async fn monitor(args: MonitorArgs) -> Result<(), CommandError> {
     });
     let stop = async { drop(stopped.await) };
     tokio::select! {
-        served = server::serve(listener, Arc::new(door), stop) => {
+        served = server::serve(listener, Backend::InProcess(Arc::new(door)), stop) => {
             served.map_err(|error| CommandError::Other(error.to_string()))
         }
         Ok(()) = is_cut => {
             Err(CommandError::Other("ended by a second signal, not all vms in order".to_owned()))
         }
+    }
+}
+
+/// Standard output, to be watched for the end of its reader.
+fn watched_output() -> Result<pipe::Sender, CommandError> {
+    let output = stdout().as_fd().try_clone_to_owned();
+    output
+        .and_then(pipe::Sender::from_owned_fd)
+        .map_err(CommandError::os("standard output"))
+}
+
+/// Waits until nobody holds the other end of `output`; for ever without one. The kernel reports that
+/// as an error of the pipe.
+async fn reader_gone(output: Option<pipe::Sender>) {
+    match output {
+        // Fails only without a reactor, and then nothing here works.
+        Some(output) => drop(output.ready(Interest::ERROR).await),
+        None => pending().await,
     }
 }
 

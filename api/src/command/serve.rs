@@ -10,10 +10,15 @@ use tokio::sync::oneshot;
 
 use crate::cli::ServeArgs;
 use crate::command::CommandError;
+use crate::domains::cgroup::CgroupParent;
+use crate::domains::gateway::Gateway;
+use crate::domains::process::StartSettings;
+use crate::domains::state_dir::StateDir;
+use crate::fault::Fault;
 use crate::front_door::FrontDoor;
 use crate::limits;
 use crate::note::note;
-use crate::server;
+use crate::server::{self, Backend};
 use crate::signals::EndSignals;
 use crate::socket::ApiSocket;
 
@@ -22,7 +27,7 @@ use crate::socket::ApiSocket;
 /// # Errors
 /// If the socket is taken or cannot be made, a declared domain cannot be opened, or VMs did not end
 /// in time.
-pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
+pub async fn serve(path: &Path, args: &ServeArgs) -> Result<(), CommandError> {
     // Caught from before the socket exists: whoever can see the socket can stop us cleanly.
     let kinds = [
         SignalKind::interrupt(),
@@ -34,11 +39,7 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
     if let Err(error) = limits::raise() {
         log::warn!("cannot raise the limits of open files and file sizes: {error}");
     }
-    let door = Arc::new(FrontDoor::new(settings(args.memory_budget_mib)));
-    for domain in args.domains {
-        door.declare(domain)
-            .map_err(|fault| CommandError::Other(fault.message))?;
-    }
+    let backend = open_backend(args).await?;
     let (socket, listener) = ApiSocket::bind(path)?;
     listener
         .set_nonblocking(true)
@@ -67,14 +68,38 @@ pub async fn serve(path: &Path, args: ServeArgs) -> Result<(), CommandError> {
         let _ = cut.send(());
     });
     let stop = async { drop(stopped.await) };
-    tokio::select! {
-        served = server::serve(listener, door, stop) => {
-            served.map_err(|error| CommandError::Other(error.to_string()))
-        }
+    let serving = server::serve(listener, backend.clone(), stop);
+    let served = tokio::select! {
+        served = serving => served.map_err(|error| CommandError::Other(error.to_string())),
         Ok(()) = is_cut => {
             Err(CommandError::Other("ended by a second signal, not all vms in order".to_owned()))
         }
+    };
+    if let (Err(_), Backend::PerDomain(gateway)) = (&served, &backend) {
+        gateway.kill_all();
     }
+    served
+}
+
+/// Opens the domains that are declared: as processes if there is a state directory, else in here.
+async fn open_backend(args: &ServeArgs) -> Result<Backend, CommandError> {
+    let other = |fault: Fault| CommandError::Other(fault.message);
+    let Some(path) = &args.state_dir else {
+        let door = FrontDoor::new(settings(args.memory_budget_mib));
+        for domain in &args.domains {
+            door.declare(domain.clone()).map_err(other)?;
+        }
+        return Ok(Backend::InProcess(Arc::new(door)));
+    };
+    let state = StateDir::open(path).map_err(|error| CommandError::Other(error.to_string()))?;
+    let cgroup = args.cgroup.as_deref().map(CgroupParent::open).transpose();
+    let settings = StartSettings {
+        memory_budget_mib: args.memory_budget_mib,
+        ends_with_parent: args.stop_all_on_exit,
+        cgroup: cgroup.map_err(|error| CommandError::Other(error.to_string()))?,
+    };
+    let gateway = Gateway::open(state, settings, &args.domains).await;
+    gateway.map(Backend::PerDomain).map_err(other)
 }
 
 /// How the engine of each domain starts; no budget and one of 0 are none.

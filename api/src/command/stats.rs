@@ -11,7 +11,7 @@ use crate::bytes::in_units;
 use crate::cli::StatsArgs;
 use crate::client::Client;
 use crate::command::{CommandError, print, to_pretty_json};
-use crate::model::{Domain, VmMerge};
+use crate::model::{Domain, DomainReply, VmMerge};
 use crate::table::Table;
 
 /// Clears a terminal and puts the cursor into its corner.
@@ -46,12 +46,23 @@ async fn snapshot(client: &Client, args: &StatsArgs) -> Result<String, CommandEr
             Ok(vm_table(std::iter::once((id.as_str(), &merge))))
         };
     }
-    let domains = client.list_domains().await?;
+    let replies = client.list_domains().await?;
     if args.json {
-        json(&domains, args)
-    } else {
-        Ok(domain_tables(&domains))
+        return json(&replies, args);
     }
+    let (mut domains, mut silent) = (BTreeMap::new(), String::new());
+    for (name, reply) in replies {
+        match reply {
+            DomainReply::Told(domain) => {
+                domains.insert(name, *domain);
+            }
+            // Writing to a string cannot fail.
+            DomainReply::Silent(fault) => {
+                let _ = writeln!(silent, "{}", fault.fault_message);
+            }
+        }
+    }
+    Ok(domain_tables(&domains) + &silent)
 }
 
 /// Indented once, a line each time when watched.
