@@ -41,6 +41,16 @@ pub const ECHO_UNTIL_Q: &[u8] = &[
 /// Does nothing for ever.
 pub const IDLE: &[u8] = &[0xeb, 0xfe]; // 1: jmp 1b
 
+/// Prints `text` on the serial port, then halts for good.
+pub fn say_and_rest(text: &str) -> Vec<u8> {
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03]; // mov dx, 0x3f8
+    for byte in text.bytes() {
+        code.extend([0xb0, byte, 0xee]); // mov al, byte; out dx, al
+    }
+    code.extend([0xf4, 0xeb, 0xfd]); // 1: hlt; jmp 1b
+    code
+}
+
 /// A kernel file, which goes away with this value.
 #[derive(Debug)]
 pub struct KernelFile {
