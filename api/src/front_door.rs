@@ -139,6 +139,11 @@ impl FrontDoor {
                 monitor.configure(&id, &part).map_err(|e| refusal(&e))?;
                 Ok(Reply::Empty)
             }
+            Request::LimitNetwork(id, patch) => {
+                let limited = self.monitor_of(&id)?.limit_network(&id, &patch);
+                limited.map_err(|e| refusal(&e))?;
+                Ok(Reply::Empty)
+            }
             Request::SetVmState(id, state) => self.set_state(&id, state),
             Request::DescribeVmConfig(id) => {
                 let monitor = self.monitor_of(&id)?;

@@ -3,7 +3,7 @@
 use dedup::{AdvisorMode, Pace, Run};
 use serde::{Deserialize, Deserializer, Serialize};
 use vmm::VmId;
-use vmm::config::{ConfigPart, VmConfig};
+use vmm::config::{ConfigPart, NetworkPatch, VmConfig};
 
 use crate::domain_name::DomainName;
 
@@ -24,8 +24,11 @@ pub enum Request {
     DeleteVm(VmId),
     /// `PUT /vms/{id}/actions`
     ActOnVm(VmId, ActionType),
-    /// `PUT /vms/{id}/entropy`: a part of the configuration, before the start
-    ConfigureVm(VmId, ConfigPart),
+    /// `PUT /vms/{id}/entropy` and `PUT /vms/{id}/network-interfaces/{iface_id}`: a part of the
+    /// configuration, before the start
+    ConfigureVm(VmId, Box<ConfigPart>),
+    /// `PATCH /vms/{id}/network-interfaces/{iface_id}`
+    LimitNetwork(VmId, Box<NetworkPatch>),
     /// `PATCH /vms/{id}/vm`
     SetVmState(VmId, DesiredState),
     /// `GET /vms/{id}/config` and, as Firecracker names it, `GET /vms/{id}/vm/config`
@@ -57,6 +60,7 @@ impl Request {
             | Request::DeleteVm(id)
             | Request::ActOnVm(id, _)
             | Request::ConfigureVm(id, _)
+            | Request::LimitNetwork(id, _)
             | Request::SetVmState(id, _)
             | Request::DescribeVmConfig(id)
             | Request::DescribeVmMerge(id)

@@ -6,7 +6,7 @@ use hyper::Method;
 use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 use vmm::VmId;
-use vmm::config::ConfigPart;
+use vmm::config::{ConfigPart, NetworkInterface, NetworkPatch};
 
 use crate::domain_name::DomainName;
 use crate::fault::Fault;
@@ -20,6 +20,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET, PUT, DELETE", "/vms/{id}"),
     ("PUT", "/vms/{id}/actions"),
     ("PUT", "/vms/{id}/entropy"),
+    ("PATCH, PUT", "/vms/{id}/network-interfaces/{iface_id}"),
     ("PATCH", "/vms/{id}/vm"),
     ("GET", "/vms/{id}/vm/config"),
     ("GET", "/vms/{id}/config"),
@@ -43,8 +44,9 @@ pub fn route(method: &Method, path: &str, body: &[u8]) -> Result<Request, Fault>
         .collect();
     let segments =
         segments.map_err(|error| Fault::bad_request(format!("{path}: not UTF-8: {error}")))?;
-    let (template, name) = template_of(&segments)
+    let (template, names) = template_of(&segments)
         .ok_or_else(|| Fault::not_found(format!("{method} {path}: no such path")))?;
+    let name = names.first().copied().unwrap_or_default();
     let call = Call { method, path, body };
     match template {
         "/version" => call.get(Request::Version),
@@ -52,25 +54,28 @@ pub fn route(method: &Method, path: &str, body: &[u8]) -> Result<Request, Fault>
         "/vms" => call.get(Request::ListVms),
         "/merge" => call.get(Request::ListDomains),
         "/merge/{domain}" => domain_request(&call, name),
+        "/vms/{id}/network-interfaces/{iface_id}" => {
+            network_request(&call, name, names.last().copied().unwrap_or_default())
+        }
         _ => vm_request(&call, template, name),
     }
     .and_then(|request| request.ok_or_else(|| refuse_method(&call, template)))
 }
 
-/// The route's template, and the text that stands for its `{id}` or `{domain}`.
-fn template_of<'a>(segments: &'a [Cow<'_, str>]) -> Option<(&'static str, &'a str)> {
+/// The route's template, and the texts that stand for its `{id}` and the like, in order.
+fn template_of<'a>(segments: &'a [Cow<'_, str>]) -> Option<(&'static str, Vec<&'a str>)> {
     ROUTES.iter().find_map(|&(_, template)| {
         let wanted: Vec<&str> = template.split('/').collect();
-        let mut name = "";
+        let mut names: Vec<&str> = Vec::new();
         let fits = wanted.len() == segments.len()
             && wanted.iter().zip(segments).all(|(&want, have)| {
                 if want.starts_with('{') {
-                    name = have;
+                    names.push(have);
                     return true;
                 }
                 want == have
             });
-        fits.then_some((template, name))
+        fits.then_some((template, names))
     })
 }
 
@@ -110,10 +115,37 @@ fn domain_request(call: &Call<'_>, name: &str) -> Result<Option<Request>, Fault>
     }
 }
 
+fn vm_id(name: &str) -> Result<VmId, Fault> {
+    name.parse()
+        .map_err(|error| Fault::bad_request(format!("vm id {name:?}: {error}")))
+}
+
+fn network_request(call: &Call<'_>, name: &str, iface_id: &str) -> Result<Option<Request>, Fault> {
+    let id = vm_id(name)?;
+    let same = |sent: &str| match sent == iface_id {
+        true => Ok(()),
+        false => Err(Fault::bad_request(format!(
+            "iface_id {sent:?}: the path has {iface_id:?}"
+        ))),
+    };
+    match *call.method {
+        Method::PUT => {
+            let interface: NetworkInterface = call.json()?;
+            same(&interface.iface_id)?;
+            let part = Box::new(ConfigPart::NetworkInterface(interface));
+            Ok(Some(Request::ConfigureVm(id, part)))
+        }
+        Method::PATCH => {
+            let patch: NetworkPatch = call.json()?;
+            same(&patch.iface_id)?;
+            Ok(Some(Request::LimitNetwork(id, Box::new(patch))))
+        }
+        _ => Ok(None),
+    }
+}
+
 fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Request>, Fault> {
-    let id: VmId = name
-        .parse()
-        .map_err(|error| Fault::bad_request(format!("vm id {name:?}: {error}")))?;
+    let id = vm_id(name)?;
     match (template, call.method) {
         ("/vms/{id}", &Method::PUT) => {
             let config = Box::new(call.json()?);
@@ -128,7 +160,7 @@ fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Requ
             Ok(Some(Request::ActOnVm(id, action_type)))
         }
         ("/vms/{id}/entropy", &Method::PUT) => {
-            let part = ConfigPart::Entropy(call.json()?);
+            let part = Box::new(ConfigPart::Entropy(call.json()?));
             Ok(Some(Request::ConfigureVm(id, part)))
         }
         ("/vms/{id}/vm", &Method::PATCH) => {

@@ -28,6 +28,10 @@ fn body_for(method: &Method, template: &str) -> &'static str {
         (&Method::PUT, "/vms/{id}") => CONFIG,
         (&Method::PUT, "/vms/{id}/actions") => r#"{"action_type": "InstanceStart"}"#,
         (&Method::PUT, "/vms/{id}/entropy") => r#"{"rate_limiter": null}"#,
+        (&Method::PUT, "/vms/{id}/network-interfaces/{iface_id}") => {
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#
+        }
+        (&Method::PATCH, "/vms/{id}/network-interfaces/{iface_id}") => r#"{"iface_id": "eth0"}"#,
         (&Method::PATCH, "/vms/{id}/vm") => r#"{"state": "Paused"}"#,
         (&Method::PATCH, "/merge/{domain}") => r#"{"run": "merge"}"#,
         _ => "",
@@ -38,6 +42,7 @@ fn body_for(method: &Method, template: &str) -> &'static str {
 fn every_route_takes_its_methods_and_no_other() {
     for (methods, template) in ROUTES {
         let path = template.replace("{id}", "a-1").replace("{domain}", "ci");
+        let path = path.replace("{iface_id}", "eth0");
         for method in METHODS {
             let answer = routed(&method, &path, body_for(&method, template));
             if methods.split(", ").any(|known| known == method.as_str()) {
@@ -272,4 +277,14 @@ fn names_are_decoded_before_they_are_judged() {
     assert!(refused.message.contains("a/merge"), "{refused:?}");
     let refused = fault(&Method::GET, "/vms/%ff", "");
     assert_eq!(refused.status, StatusCode::BAD_REQUEST);
+}
+
+#[test]
+fn an_interface_has_the_same_name_in_path_and_body() {
+    let body = r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#;
+    let path = "/vms/a/network-interfaces";
+    let taken = routed(&Method::PUT, &format!("{path}/eth0"), body);
+    assert!(matches!(taken, Ok(Request::ConfigureVm(..))));
+    let fault = fault(&Method::PUT, &format!("{path}/eth1"), body);
+    assert_eq!(fault.message, r#"iface_id "eth0": the path has "eth1""#);
 }

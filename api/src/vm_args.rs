@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
-use vmm::config::{BUILTIN_PAGELOAD, MergeMode};
+use vmm::config::{BUILTIN_PAGELOAD, MacAddress, MergeMode, NetworkInterface};
 use vmm::{MergeDomain, VmConfig};
 
 /// What a VM consists of: a Firecracker config file, flags, or both (flags win).
@@ -44,6 +44,13 @@ pub struct VmArgs {
     /// `nolock` (others may have the file open for writing at the same time).
     #[arg(long = "drive", value_name = "PATH[:OPTION,...]")]
     pub drives: Vec<DriveArg>,
+
+    /// A network interface over a tap device of the host; may be repeated
+    ///
+    /// Options follow a colon, with commas between them: `mac=ADDRESS` (the guest's Ethernet address),
+    /// `mtu=BYTES`. The interfaces are eth0, eth1 and so on; limits can be set in the config file.
+    #[arg(long = "net", value_name = "TAP[:OPTION,...]")]
+    pub nets: Vec<NetArg>,
 
     /// A source of random bytes for the guest (virtio-rng); a limit for it can be set in the config
     /// file
@@ -133,6 +140,44 @@ impl FromStr for DriveArg {
             }
         }
         Ok(drive)
+    }
+}
+
+/// `--net`: a tap device, and after its first colon what is to be otherwise than by default.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetArg {
+    /// The tap device.
+    pub host_dev_name: String,
+    /// `mac=`.
+    pub guest_mac: Option<MacAddress>,
+    /// `mtu=`.
+    pub mtu: Option<u32>,
+}
+
+impl FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NetArg, String> {
+        // No network device has a colon in its name.
+        let (name, options) = text.split_once(':').unwrap_or((text, ""));
+        let mut net = NetArg {
+            host_dev_name: name.to_owned(),
+            guest_mac: None,
+            mtu: None,
+        };
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            match option.split_once('=') {
+                Some(("mac", address)) => {
+                    net.guest_mac = Some(address.parse::<MacAddress>().map_err(|e| e.to_string())?);
+                }
+                Some(("mtu", bytes)) => {
+                    let mtu = bytes.parse::<u32>();
+                    net.mtu = Some(mtu.map_err(|error| format!("mtu {bytes:?}: {error}"))?);
+                }
+                _ => return Err(format!("option {option:?}: not mac= or mtu=")),
+            }
+        }
+        Ok(net)
     }
 }
 
@@ -266,6 +311,7 @@ fn apply(args: &VmArgs, config: &mut Map<String, Value>) -> Result<(), VmArgsErr
         machine.entry("mem_size_mib").or_insert_with(|| json!(128));
     }
     add_drives(args, config);
+    add_networks(args, config);
     if args.entropy && config.get("entropy").is_none_or(Value::is_null) {
         config.insert("entropy".to_owned(), json!({}));
     }
@@ -297,6 +343,28 @@ fn add_drives(args: &VmArgs, config: &mut Map<String, Value>) {
                 entry["samepage"] = json!({ "lock": false });
             }
             drives.push(entry);
+        }
+    }
+}
+
+fn add_networks(args: &VmArgs, config: &mut Map<String, Value>) {
+    if args.nets.is_empty() {
+        return;
+    }
+    let networks = config
+        .entry("network-interfaces")
+        .or_insert_with(|| json!([]));
+    if let Value::Array(networks) = networks {
+        for net in &args.nets {
+            // The file may have taken a name out of its order.
+            let is_free =
+                |id: &String| !networks.iter().any(|known| known["iface_id"] == json!(id));
+            let mut names = (networks.len()..).map(|number| format!("eth{number}"));
+            let iface_id = names.find(is_free).unwrap_or_default();
+            let mut interface = NetworkInterface::new(iface_id, &net.host_dev_name);
+            interface.guest_mac = net.guest_mac;
+            interface.mtu = net.mtu;
+            networks.push(json!(interface));
         }
     }
 }
@@ -390,6 +458,43 @@ mod tests {
         assert_eq!(roots(&["a", "b"]), [true, false]);
         assert_eq!(roots(&["a", "b:root"]), [false, true]);
         assert_eq!(roots(&["a:noroot", "b"]), [false, false]);
+    }
+
+    #[test]
+    fn network_interfaces_are_named_by_their_number() {
+        let args = VmArgs {
+            nets: vec![
+                "tap0".parse().unwrap(),
+                "tap1:mtu=1400,mac=06:00:ac:10:00:02".parse().unwrap(),
+            ],
+            ..kernel("k")
+        };
+        let networks = to_config(&args).unwrap().network_interfaces;
+        assert_eq!(networks[0], NetworkInterface::new("eth0", "tap0"));
+        let mut second = NetworkInterface::new("eth1", "tap1");
+        second.mtu = Some(1400);
+        second.guest_mac = "06:00:ac:10:00:02".parse().ok();
+        assert_eq!(networks[1], second);
+        for (text, named) in [
+            ("tap0:mtu=many", "mtu \"many\""),
+            ("tap0:mac=6", "\"6\""),
+            ("tap0:fast", "\"fast\""),
+        ] {
+            let error = text.parse::<NetArg>().unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_interface_gets_no_name_that_the_file_has_given() {
+        let (_file, mut args) = config_file(
+            r#"{"boot-source": {"kernel_image_path": "/k"},
+                "network-interfaces": [{"iface_id": "eth1", "host_dev_name": "tap9"}]}"#,
+        );
+        args.nets = vec!["tap0".parse().unwrap(), "tap1".parse().unwrap()];
+        let networks = to_config(&args).unwrap().network_interfaces;
+        let ids: Vec<&str> = networks.iter().map(|net| net.iface_id.as_str()).collect();
+        assert_eq!(ids, ["eth1", "eth2", "eth3"]);
     }
 
     #[test]

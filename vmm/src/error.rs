@@ -109,6 +109,14 @@ pub enum MonitorError {
     /// This VM has no keyboard controller that could deliver the keys.
     #[error("vm {0}: ctrl-alt-del needs a guest that listens to its keyboard controller")]
     NoKeyboard(VmId),
+    /// The VM has no network interface of this id.
+    #[error("vm {id}: iface_id {iface_id:?}: there is no such network interface")]
+    NoInterface {
+        /// The VM.
+        id: VmId,
+        /// What was asked for.
+        iface_id: String,
+    },
     /// The VM keeps its memory to itself, so there is nothing to merge.
     #[error("vm {0}: merge is false, its memory is not merged")]
     NotMerged(VmId),
@@ -168,9 +176,9 @@ impl MonitorError {
             | MonitorError::NotMerged(_)
             | MonitorError::MergedByKernel(_)
             | MonitorError::MergeNow { .. } => ErrorKind::Conflict,
-            MonitorError::Config { .. } | MonitorError::WrongDomain { .. } => {
-                ErrorKind::InvalidInput
-            }
+            MonitorError::Config { .. }
+            | MonitorError::NoInterface { .. }
+            | MonitorError::WrongDomain { .. } => ErrorKind::InvalidInput,
             MonitorError::UnmergeSuperseded => ErrorKind::Conflict,
             MonitorError::NoRoom { .. }
             | MonitorError::UnmergeNoRoom(_)

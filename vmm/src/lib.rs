@@ -49,7 +49,7 @@
 //! | `device` | port-mapped devices | state |
 //! | [`bus`] | MMIO address to device | pure |
 //! | [`events`] | the event loop | thread |
-//! | [`virtio`] | virtio-mmio transport, queues, block and entropy devices | state |
+//! | [`virtio`] | virtio-mmio transport, queues, block, network and entropy devices | state |
 //! | [`probe`] | whether KVM can be used, asked before there is a monitor | system calls |
 //! | [`pageload`] | the embedded bare-metal guest | bytes |
 //! | `panics` | text of a caught panic | pure |

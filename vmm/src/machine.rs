@@ -9,7 +9,7 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use crate::admission::GivenUp;
 use crate::bus::MmioBus;
-use crate::config::{MergeMode, VmConfig};
+use crate::config::{MergeMode, NetworkPatch, VmConfig};
 use crate::console::Console;
 use crate::device::Ports;
 use crate::device::cmos::Cmos;
@@ -158,6 +158,12 @@ impl Machine {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .press_ctrl_alt_del()
+    }
+
+    /// Changes the limits of a network interface. False if there is none of its id.
+    pub(crate) fn limit_network(&self, patch: &NetworkPatch) -> bool {
+        let limits = self.subscribers.network_limits(&patch.iface_id);
+        limits.inspect(|limits| limits.update(patch)).is_some()
     }
 
     /// Counters of the merge engine.

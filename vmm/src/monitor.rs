@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::admission::Claims;
-use crate::config::{ConfigPart, HugePages, VmConfig};
+use crate::config::{ConfigPart, HugePages, NetworkPatch, VmConfig};
 use crate::console::Console;
 use crate::error::MonitorError;
 use crate::events::EventLoop;
@@ -160,10 +160,20 @@ impl Monitor {
     /// Sets a part of the configuration of a VM that was not started yet.
     ///
     /// # Errors
-    /// [`MonitorError::AlreadyStarted`], [`MonitorError::Config`] when the configuration makes no
-    /// sense with it, which is as before then.
+    /// [`MonitorError::AlreadyStarted`]; [`MonitorError::Config`] when the configuration makes no
+    /// sense with it, [`MonitorError::Start`] when its tap device cannot be opened. The configuration
+    /// is as before then.
     pub fn configure(&self, id: &VmId, part: &ConfigPart) -> Result<(), MonitorError> {
         self.find(id)?.configure(part)
+    }
+
+    /// Changes the limits of a network interface of a VM that runs.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotRunning`], [`MonitorError::NoInterface`], [`MonitorError::Config`] for a
+    /// limit that makes no sense.
+    pub fn limit_network(&self, id: &VmId, patch: &NetworkPatch) -> Result<(), MonitorError> {
+        self.find(id)?.limit_network(patch)
     }
 
     /// Loads a VM's kernel and runs it. On failure the VM stays not started and nothing is left.

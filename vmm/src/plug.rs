@@ -1,5 +1,6 @@
 //! Devices of the configuration, plugged into a machine.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use event_manager::SubscriberId;
@@ -11,9 +12,11 @@ use crate::events::{EventRemote, OnPanic};
 use crate::kvm::KvmError;
 use crate::machine::{Host, Outside};
 use crate::memory::GuestMemory;
-use crate::start::StartError;
+use crate::start::{self, StartError};
 use crate::state::EndReason;
-use crate::virtio::{self, Attachment, Disk, Entropy, Slot, Throttle, attach_block};
+use crate::virtio::{
+    self, Attachment, Disk, Entropy, Net, NetworkLimits, Slot, Throttle, attach_block,
+};
 
 /// Where devices are plugged in: interrupts and doorbells, memory, registers.
 pub(crate) type Sockets<'a> = (&'a VmFd, &'a GuestMemory, &'a mut MmioBus);
@@ -23,6 +26,15 @@ pub(crate) type Sockets<'a> = (&'a VmFd, &'a GuestMemory, &'a mut MmioBus);
 pub(crate) struct Subscribers {
     events: EventRemote,
     ids: Vec<SubscriberId>,
+    /// The limits of each network interface, by its id.
+    networks: BTreeMap<String, NetworkLimits>,
+}
+
+impl Subscribers {
+    /// The limits of a network interface; `None` if there is none of this id.
+    pub(crate) fn network_limits(&self, iface_id: &str) -> Option<&NetworkLimits> {
+        self.networks.get(iface_id)
+    }
 }
 
 impl Drop for Subscribers {
@@ -48,11 +60,18 @@ pub(crate) fn attach(
     let mut subscribers = Subscribers {
         events: host.events.clone(),
         ids: Vec::new(),
+        networks: BTreeMap::new(),
     };
     for (index, device) in config.virtio_devices().into_iter().enumerate() {
         let slot = Slot::new(index)?;
         let label = format!("{}/{}", outside.id, device.name());
-        let parts = make(slot, &label, device, (memory, outside))?;
+        let parts = make(
+            slot,
+            &label,
+            device,
+            (memory, outside),
+            &mut subscribers.networks,
+        )?;
         let id = plug_in(vm, mmio, &host.events, parts, on_panic(outside, label))?;
         subscribers.ids.push(id);
     }
@@ -64,6 +83,7 @@ fn make(
     label: &str,
     device: VirtioDevice<'_>,
     (memory, outside): (&GuestMemory, &Outside),
+    networks: &mut BTreeMap<String, NetworkLimits>,
 ) -> Result<Attachment, StartError> {
     let memory = Arc::new(memory.clone());
     let allowance = outside.allowance.clone();
@@ -74,6 +94,13 @@ fn make(
                 attach_block(slot, label, disk, memory, allowance).map_err(StartError::EventFd)?;
             outside.closings.add(closing);
             Ok(parts)
+        }
+        VirtioDevice::Network(interface) => {
+            let tap = start::open_tap(interface)?;
+            let device = Net::new(tap, interface, allowance.clone());
+            let device = device.map_err(StartError::EventFd)?;
+            networks.insert(interface.iface_id.clone(), device.limits());
+            virtio::attach(slot, label, device, memory, allowance).map_err(StartError::EventFd)
         }
         VirtioDevice::Entropy(entropy) => {
             let throttle = Throttle::new(entropy.rate_limiter.as_ref());

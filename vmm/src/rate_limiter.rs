@@ -111,6 +111,19 @@ impl RateLimiter {
         })
     }
 
+    /// Puts new, full buckets in place of those that `config` has; the others stay as they are, as with
+    /// Firecracker's `PATCH`.
+    pub fn update(&mut self, config: &RateLimiterConfig, now: Instant) {
+        for (bucket, config) in [
+            (&mut self.bandwidth, &config.bandwidth),
+            (&mut self.ops, &config.ops),
+        ] {
+            if let Some(config) = config {
+                *bucket = TokenBucket::new(config, now);
+            }
+        }
+    }
+
     /// Takes one operation of `bytes` bytes.
     ///
     /// # Errors
@@ -227,6 +240,31 @@ mod tests {
         limiter.take(100, now).unwrap_err();
         assert_eq!(limiter.take(100, now + SECOND), Ok(()));
         assert_eq!(limiter.take(0, now + SECOND), Err(49 * SECOND));
+    }
+
+    #[test]
+    fn an_update_replaces_the_buckets_that_it_has_and_no_others() {
+        let now = Instant::now();
+        let both = RateLimiterConfig {
+            bandwidth: Some(config(100, 0, 1000)),
+            ops: Some(config(1, 0, 1000)),
+        };
+        let mut limiter = RateLimiter::new(Some(&both), now);
+        assert_eq!(limiter.take(100, now), Ok(()));
+        let no_bandwidth = RateLimiterConfig {
+            bandwidth: Some(config(0, 0, 0)),
+            ops: None,
+        };
+        limiter.update(&no_bandwidth, now);
+        assert_eq!(limiter.take(1000, now), Err(SECOND));
+        let more_ops = RateLimiterConfig {
+            bandwidth: None,
+            ops: Some(config(2, 0, 1000)),
+        };
+        limiter.update(&more_ops, now);
+        assert_eq!(limiter.take(1000, now), Ok(()));
+        assert_eq!(limiter.take(1000, now), Ok(()));
+        assert_eq!(limiter.take(0, now), Err(SECOND / 2));
     }
 
     #[test]

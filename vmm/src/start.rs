@@ -9,7 +9,7 @@ use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, BootError, KernelError};
 use crate::bus::BusError;
-use crate::config::{ConfigError, MergeMode, VmConfig};
+use crate::config::{ConfigError, ConfigPart, MergeMode, NetworkInterface, VmConfig};
 use crate::error::ErrorKind;
 use crate::events::EventsError;
 use crate::guard::room::VmAllowance;
@@ -21,7 +21,7 @@ use crate::memory::GuestMemory;
 use crate::memory::ram::RamError;
 use crate::metered::Metered;
 use crate::pageload;
-use crate::virtio::{Disk, DiskError, SlotError};
+use crate::virtio::{Disk, DiskError, SlotError, Tap};
 
 const KERNEL_FIELD: &str = "kernel_image_path";
 const INITRD_FIELD: &str = "initrd_path";
@@ -82,6 +82,17 @@ pub enum StartError {
     /// A drive's file.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A tap device cannot be opened.
+    #[error("network-interfaces[{iface_id}].host_dev_name {host_dev_name}: {error}")]
+    Tap {
+        /// The interface.
+        iface_id: String,
+        /// The tap device.
+        host_dev_name: String,
+        /// Why.
+        #[source]
+        error: std::io::Error,
+    },
     /// A place for a device.
     #[error(transparent)]
     Slot(#[from] SlotError),
@@ -101,6 +112,9 @@ impl StartError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             StartError::Disk(DiskError::Locked { .. }) => ErrorKind::InUse,
+            StartError::Tap { error, .. } if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                ErrorKind::InUse
+            }
             StartError::NoMemory(_) | StartError::GivenUp(GivenUp::NoMemory) => ErrorKind::NoRoom,
             StartError::GivenUp(GivenUp::Stopped) => ErrorKind::Conflict,
             StartError::Config(_)
@@ -109,6 +123,7 @@ impl StartError {
             | StartError::Boot(_)
             | StartError::Cmdline(_)
             | StartError::Disk(_)
+            | StartError::Tap { .. }
             | StartError::Slot(_)
             | StartError::Ksm(KsmError::NoDirectory(_) | KsmError::UnknownAdvice) => {
                 ErrorKind::InvalidInput
@@ -157,7 +172,34 @@ pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
     for drive in &config.drives {
         Disk::open(drive)?;
     }
-    Ok(())
+    config.network_interfaces.iter().try_for_each(check_tap)
+}
+
+/// Checks what [`check_files`] does of one part of a configuration.
+pub(crate) fn check_part(part: &ConfigPart) -> Result<(), StartError> {
+    match part {
+        ConfigPart::NetworkInterface(interface) => check_tap(interface),
+        ConfigPart::Entropy(_) => Ok(()),
+    }
+}
+
+/// Opens a tap device and closes it again. One that is in use may be free when the VM starts, as the
+/// file of a locked drive may. Two VMs of one device may get in each other's way here, as they would
+/// when they run.
+fn check_tap(interface: &NetworkInterface) -> Result<(), StartError> {
+    match open_tap(interface) {
+        Err(error) if error.kind() == ErrorKind::InUse => Ok(()),
+        opened => opened.map(|_| ()),
+    }
+}
+
+/// Opens the tap device of an interface.
+pub(crate) fn open_tap(interface: &NetworkInterface) -> Result<Tap, StartError> {
+    Tap::open(&interface.host_dev_name).map_err(|error| StartError::Tap {
+        iface_id: interface.iface_id.clone(),
+        host_dev_name: interface.host_dev_name.clone(),
+        error,
+    })
 }
 
 /// Checks that the kernel has what the configuration needs of it.

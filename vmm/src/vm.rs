@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use dedup::{MergedNow, RegionStats};
 
-use crate::config::{ConfigPart, MergeMode, VmConfig};
+use crate::config::{ConfigPart, MergeMode, NetworkPatch, VmConfig};
 use crate::console::Console;
 use crate::device::report::ReportPort;
 use crate::error::MonitorError;
@@ -21,6 +21,7 @@ use crate::id::VmId;
 use crate::info::VmInfo;
 use crate::ksm::KsmPlace;
 use crate::machine::{Host, Machine, Outside};
+use crate::start;
 use crate::state::{EndReason, Step, VmState};
 
 /// A machine whose VM is over, on its way to the reaper.
@@ -33,7 +34,7 @@ pub(crate) struct Corpse {
 /// One VM of a monitor.
 pub(crate) struct Vm {
     id: VmId,
-    /// Replaced as a whole, and only before the start.
+    /// Replaced as a whole. After the start its limits alone change.
     config: Mutex<Arc<VmConfig>>,
     console: Console,
     report: Arc<ReportPort>,
@@ -101,6 +102,10 @@ impl Vm {
     /// Sets a part of the configuration of a VM that was not started, if the whole is valid then.
     pub(crate) fn configure(&self, part: &ConfigPart) -> Result<(), MonitorError> {
         let id = || self.id.clone();
+        part.validate()
+            .map_err(|error| MonitorError::Config { id: id(), error })?;
+        // Without the lock: the host may take its time.
+        start::check_part(part).map_err(|error| MonitorError::Start { id: id(), error })?;
         let cell = self.lock();
         if cell.is_forgotten {
             return Err(MonitorError::NotFound(id()));
@@ -126,6 +131,32 @@ impl Vm {
 
     pub(crate) fn state(&self) -> VmState {
         self.lock().state.clone()
+    }
+
+    /// Changes the limits of a network interface of a VM that runs.
+    pub(crate) fn limit_network(&self, patch: &NetworkPatch) -> Result<(), MonitorError> {
+        let id = || self.id.clone();
+        patch
+            .validate()
+            .map_err(|error| MonitorError::Config { id: id(), error })?;
+        let cell = self.lock();
+        let Some(machine) = cell.machine.as_ref() else {
+            let state = cell.state.clone();
+            return Err(MonitorError::NotRunning { id: id(), state });
+        };
+        if !machine.limit_network(patch) {
+            let iface_id = patch.iface_id.clone();
+            return Err(MonitorError::NoInterface { id: id(), iface_id });
+        }
+        // Lock order: cell -> configuration.
+        let mut current = self.lock_config();
+        let mut config = VmConfig::clone(&current);
+        let mut interfaces = config.network_interfaces.iter_mut();
+        if let Some(interface) = interfaces.find(|known| known.iface_id == patch.iface_id) {
+            interface.update(patch);
+        }
+        *current = Arc::new(config);
+        Ok(())
     }
 
     pub(crate) fn info(&self) -> VmInfo {
@@ -184,7 +215,7 @@ impl Vm {
         let running = self.begin_start(&allowance)?;
         // Without the lock: loading a kernel takes a while, and `list` should not wait for it.
         let _starting = Starting(self);
-        // Nothing of it changes from here on: the start is under way.
+        // Nothing of it but limits changes from here on: the start is under way.
         let config = self.config();
         let outside = Outside {
             id: self.id.clone(),

@@ -137,7 +137,11 @@ impl Gateway {
             return record.answer_for(id, request, &entry.dir);
         }
         let reply = ask(&entry, received).await?;
-        if matches!(request, Request::ConfigureVm(..)) && reply.status().is_success() {
+        let changes_config = matches!(
+            request,
+            Request::ConfigureVm(..) | Request::LimitNetwork(..)
+        );
+        if changes_config && reply.status().is_success() {
             self.note_config(&entry, id, record.number).await;
         }
         Ok(reply)

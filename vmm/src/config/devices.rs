@@ -1,12 +1,14 @@
 //! The virtio devices of a configuration, in the order in which the guest finds them.
 
-use super::{Drive, EntropyConfig, VmConfig};
+use super::{Drive, EntropyConfig, NetworkInterface, VmConfig};
 
 /// One device with a place of its own.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum VirtioDevice<'a> {
     /// A block device.
     Drive(&'a Drive),
+    /// A network interface.
+    Network(&'a NetworkInterface),
     /// The entropy device.
     Entropy(&'a EntropyConfig),
 }
@@ -16,6 +18,7 @@ impl VirtioDevice<'_> {
     pub fn name(&self) -> &str {
         match self {
             VirtioDevice::Drive(drive) => &drive.drive_id,
+            VirtioDevice::Network(interface) => &interface.iface_id,
             // Firecracker's name of it. A drive of this name is another device all the same.
             VirtioDevice::Entropy(_) => "rng",
         }
@@ -35,6 +38,7 @@ impl VmConfig {
     pub fn virtio_devices(&self) -> Vec<VirtioDevice<'_>> {
         let drives = self.ordered_drives().into_iter().map(VirtioDevice::Drive);
         let entropy = self.entropy.iter().map(VirtioDevice::Entropy);
-        drives.chain(entropy).collect()
+        let networks = self.network_interfaces.iter().map(VirtioDevice::Network);
+        drives.chain(networks).chain(entropy).collect()
     }
 }

@@ -8,8 +8,10 @@
 mod devices;
 mod drive;
 mod entropy;
+mod mac;
 mod machine;
 mod merge_mode;
+mod network;
 mod part;
 mod rate_limiter;
 mod unsupported;
@@ -22,8 +24,10 @@ use serde::{Deserialize, Serialize};
 pub use devices::VirtioDevice;
 pub use drive::{CacheType, Drive, DriveSamepage, IoEngine};
 pub use entropy::EntropyConfig;
+pub use mac::{MacAddress, MacAddressError};
 pub use machine::{HugePages, MEM_SIZE_MIB_MAX, MachineConfig, VCPU_COUNT_MAX};
 pub use merge_mode::MergeMode;
+pub use network::{HOST_DEV_NAME_LEN_MAX, MTU_MAX, MTU_MIN, NetworkInterface, NetworkPatch};
 pub use part::ConfigPart;
 pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use unsupported::Unsupported;
@@ -54,9 +58,9 @@ pub struct VmConfig {
     /// What is Samepage's own.
     #[serde(default)]
     pub samepage: SamepageConfig,
-    /// Firecracker's `network-interfaces`.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
-    pub network_interfaces: Unsupported,
+    /// Network interfaces, in the order the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_interfaces: Vec<NetworkInterface>,
     /// Firecracker's `vsock`.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub vsock: Unsupported,
@@ -101,7 +105,7 @@ impl VmConfig {
             drives: Vec::new(),
             machine_config: MachineConfig::default(),
             samepage: SamepageConfig::default(),
-            network_interfaces: Unsupported::ABSENT,
+            network_interfaces: Vec::new(),
             vsock: Unsupported::ABSENT,
             balloon: Unsupported::ABSENT,
             entropy: None,

@@ -1,8 +1,11 @@
 //! Which configurations make sense. Checked once here, trusted everywhere else.
 
+use std::collections::BTreeSet;
+
 use super::{
-    HugePages, IoEngine, MEM_SIZE_MIB_MAX, RateLimiterConfig, TokenBucketConfig, Unsupported,
-    VCPU_COUNT_MAX, VmConfig,
+    ConfigPart, EntropyConfig, HOST_DEV_NAME_LEN_MAX, HugePages, IoEngine, MEM_SIZE_MIB_MAX,
+    MTU_MAX, MTU_MIN, NetworkInterface, NetworkPatch, RateLimiterConfig, TokenBucketConfig,
+    Unsupported, VCPU_COUNT_MAX, VmConfig,
 };
 use crate::boot::cmdline::CMDLINE_LEN_MAX;
 
@@ -19,8 +22,8 @@ pub enum ConfigError {
     /// A value outside its range or alphabet.
     #[error("{field}: {value} {problem}")]
     BadValue {
-        /// The key.
-        field: &'static str,
+        /// The key, with its place where there may be several.
+        field: String,
         /// The value.
         value: String,
         /// What is wrong with it.
@@ -32,12 +35,12 @@ pub enum ConfigError {
 const VIRTIO_DEVICES_MAX: usize = 19;
 
 fn bad(
-    field: &'static str,
+    field: impl Into<String>,
     value: impl std::fmt::Display,
     problem: impl Into<String>,
 ) -> ConfigError {
     ConfigError::BadValue {
-        field,
+        field: field.into(),
         value: value.to_string(),
         problem: problem.into(),
     }
@@ -53,11 +56,22 @@ fn supported(field: impl Into<String>, is_supported: bool) -> Result<(), ConfigE
     }
 }
 
-fn check_rate_limiter(limiter: Option<&RateLimiterConfig>) -> Result<(), ConfigError> {
+fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    if !(1..=64).contains(&id.len()) || !id.bytes().all(allowed) {
+        let problem = "must be 1 to 64 characters of A-Z a-z 0-9 _";
+        return Err(bad(field, format!("{id:?}"), problem));
+    }
+    Ok(())
+}
+
+/// `place` is the key of the limiter, as in `entropy.rate_limiter`.
+fn check_rate_limiter(place: &str, limiter: Option<&RateLimiterConfig>) -> Result<(), ConfigError> {
     let Some(RateLimiterConfig { bandwidth, ops }) = limiter else {
         return Ok(());
     };
-    for bucket in [bandwidth, ops].into_iter().flatten() {
+    for (name, bucket) in [("bandwidth", bandwidth), ("ops", ops)] {
+        let Some(bucket) = bucket else { continue };
         for (field, value, most) in [
             ("size", bucket.size, TokenBucketConfig::SIZE_MAX),
             (
@@ -67,11 +81,84 @@ fn check_rate_limiter(limiter: Option<&RateLimiterConfig>) -> Result<(), ConfigE
             ),
         ] {
             if value > most {
+                let field = format!("{place}.{name}.{field}");
                 return Err(bad(field, value, format!("is more than {most}")));
             }
         }
     }
     Ok(())
+}
+
+/// Checks both limiters of the network interface `iface_id`.
+fn check_network_limiters(
+    iface_id: &str,
+    rx: Option<&RateLimiterConfig>,
+    tx: Option<&RateLimiterConfig>,
+) -> Result<(), ConfigError> {
+    for (field, limiter) in [("rx_rate_limiter", rx), ("tx_rate_limiter", tx)] {
+        check_rate_limiter(&format!("network-interfaces[{iface_id}].{field}"), limiter)?;
+    }
+    Ok(())
+}
+
+impl NetworkPatch {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// The first [`ConfigError`] found.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check_network_limiters(
+            &self.iface_id,
+            self.rx_rate_limiter.as_ref(),
+            self.tx_rate_limiter.as_ref(),
+        )
+    }
+}
+
+impl ConfigPart {
+    /// Checks every value of it, without the rest of the configuration.
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            ConfigPart::Entropy(entropy) => entropy.check(),
+            ConfigPart::NetworkInterface(interface) => interface.check(),
+        }
+    }
+}
+
+impl EntropyConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        check_rate_limiter("entropy.rate_limiter", self.rate_limiter.as_ref())
+    }
+}
+
+impl NetworkInterface {
+    /// Checks what does not depend on the other interfaces.
+    fn check(&self) -> Result<(), ConfigError> {
+        check_id("iface_id", &self.iface_id)?;
+        let place = |field: &str| format!("network-interfaces[{}].{field}", self.iface_id);
+        let tap = self.host_dev_name.as_str();
+        // What a name of Linux may not have (`dev_valid_name`); a % would be for any number.
+        let allowed = |byte: u8| byte.is_ascii_graphic() && !b"/:%".contains(&byte);
+        let fits = (1..=HOST_DEV_NAME_LEN_MAX).contains(&tap.len());
+        if !fits || !tap.bytes().all(allowed) || tap == "." || tap == ".." {
+            let problem = format!(
+                "is not the name of a network device, 1 to {HOST_DEV_NAME_LEN_MAX} characters \
+                 without / : %"
+            );
+            return Err(bad(place("host_dev_name"), format!("{tap:?}"), problem));
+        }
+        if let Some(mtu) = self.mtu
+            && !(MTU_MIN..=MTU_MAX).contains(&mtu)
+        {
+            let problem = format!("is not {MTU_MIN} to {MTU_MAX}");
+            return Err(bad(place("mtu"), mtu, problem));
+        }
+        check_network_limiters(
+            &self.iface_id,
+            self.rx_rate_limiter.as_ref(),
+            self.tx_rate_limiter.as_ref(),
+        )
+    }
 }
 
 impl VmConfig {
@@ -84,16 +171,16 @@ impl VmConfig {
         self.check_machine()?;
         self.check_boot_source()?;
         self.check_drives()?;
+        self.check_networks()?;
         self.check_device_count()?;
         match &self.entropy {
             None => Ok(()),
-            Some(entropy) => check_rate_limiter(entropy.rate_limiter.as_ref()),
+            Some(entropy) => entropy.check(),
         }
     }
 
     fn check_unsupported(&self) -> Result<(), ConfigError> {
-        let keys: [(&str, &Unsupported); 10] = [
-            ("network-interfaces", &self.network_interfaces),
+        let keys: [(&str, &Unsupported); 9] = [
             ("vsock", &self.vsock),
             ("balloon", &self.balloon),
             ("cpu-config", &self.cpu_config),
@@ -158,7 +245,34 @@ impl VmConfig {
         let count = self.virtio_devices().len();
         if count > VIRTIO_DEVICES_MAX {
             let problem = format!("devices are more than {VIRTIO_DEVICES_MAX}");
-            return Err(bad("drives and entropy", count, problem));
+            return Err(bad(
+                "drives, network-interfaces and entropy",
+                count,
+                problem,
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_networks(&self) -> Result<(), ConfigError> {
+        let (mut ids, mut taps, mut macs) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let twice = "is used twice";
+        for interface in &self.network_interfaces {
+            let id = &interface.iface_id;
+            interface.check()?;
+            if !ids.insert(id) {
+                return Err(bad("iface_id", format!("{id:?}"), twice));
+            }
+            let place = |field: &str| format!("network-interfaces[{id}].{field}");
+            let tap = &interface.host_dev_name;
+            if !taps.insert(tap) {
+                return Err(bad(place("host_dev_name"), format!("{tap:?}"), twice));
+            }
+            if let Some(mac) = interface.guest_mac
+                && !macs.insert(mac)
+            {
+                return Err(bad(place("guest_mac"), mac, twice));
+            }
         }
         Ok(())
     }
@@ -172,15 +286,11 @@ impl VmConfig {
                 format!("are more than {VIRTIO_DEVICES_MAX}"),
             ));
         }
-        let mut ids = std::collections::BTreeSet::new();
+        let mut ids = BTreeSet::new();
         let mut root: Option<&str> = None;
         for drive in &self.drives {
             let id = drive.drive_id.as_str();
-            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-            if !(1..=64).contains(&id.len()) || !id.bytes().all(allowed) {
-                let problem = "must be 1 to 64 characters of A-Z a-z 0-9 _";
-                return Err(bad("drive_id", format!("{id:?}"), problem));
-            }
+            check_id("drive_id", id)?;
             if !ids.insert(id) {
                 return Err(bad("drive_id", format!("{id:?}"), "is used twice"));
             }
@@ -211,7 +321,7 @@ impl VmConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{EntropyConfig, MergeMode};
+    use crate::config::MergeMode;
     use crate::virtio::Slot;
 
     fn parse(json: &str) -> VmConfig {
@@ -279,12 +389,10 @@ mod tests {
             fault(&with("cpu-config", r#""cpu.json""#)),
             "cpu-config: not supported yet"
         );
-        let nets = fault(&with("network-interfaces", r#"[{"iface_id": "eth0"}]"#));
-        assert_eq!(nets, "network-interfaces: not supported yet");
+        let pmem = fault(&with("pmem", r#"[{"id": "pmem0"}]"#));
+        assert_eq!(pmem, "pmem: not supported yet");
         for empty in ["null", "[]", "{}"] {
-            parse(&with("network-interfaces", empty))
-                .validate()
-                .unwrap();
+            parse(&with("pmem", empty)).validate().unwrap();
         }
     }
 
@@ -304,11 +412,73 @@ mod tests {
         let limit = |bucket: &str| with(&format!(r#"{{"rate_limiter": {{"ops": {bucket}}}}}"#));
         assert_eq!(
             fault(&limit(r#"{"size": 9223372036854775808, "refill_time": 1}"#)),
-            "size: 9223372036854775808 is more than 9223372036854775807"
+            "entropy.rate_limiter.ops.size: 9223372036854775808 is more than 9223372036854775807"
         );
         assert_eq!(
             fault(&limit(r#"{"size": 1, "refill_time": 9223372036855}"#)),
-            "refill_time: 9223372036855 is more than 9223372036854"
+            "entropy.rate_limiter.ops.refill_time: 9223372036855 is more than 9223372036854"
+        );
+    }
+
+    #[test]
+    fn bad_network_interfaces_are_named_with_their_value() {
+        let faulty = |change: &dyn Fn(&mut NetworkInterface)| {
+            let mut config = VmConfig::new("k");
+            config.network_interfaces = vec![
+                NetworkInterface::new("eth0", "tap0"),
+                NetworkInterface::new("eth1", "tap1"),
+            ];
+            for interface in &mut config.network_interfaces {
+                interface.mtu = Some(MTU_MIN);
+            }
+            config.validate().unwrap();
+            change(&mut config.network_interfaces[1]);
+            config.validate().unwrap_err().to_string()
+        };
+        assert_eq!(
+            faulty(&|eth1| eth1.iface_id = "eth0".to_owned()),
+            "iface_id: \"eth0\" is used twice"
+        );
+        assert_eq!(
+            faulty(&|eth1| eth1.host_dev_name = "tap0".to_owned()),
+            "network-interfaces[eth1].host_dev_name: \"tap0\" is used twice"
+        );
+        for mtu in [67, 70_000] {
+            assert_eq!(
+                faulty(&|eth1| eth1.mtu = Some(mtu)),
+                format!("network-interfaces[eth1].mtu: {mtu} is not 68 to 65535")
+            );
+        }
+        let bucket = TokenBucketConfig {
+            size: 1 << 63,
+            one_time_burst: None,
+            refill_time: 1,
+        };
+        let ops = RateLimiterConfig {
+            ops: Some(bucket),
+            bandwidth: None,
+        };
+        let limited = faulty(&|eth1| eth1.tx_rate_limiter = Some(ops));
+        let field = "network-interfaces[eth1].tx_rate_limiter.ops.size: 9223372036854775808 is";
+        assert!(limited.starts_with(field), "{limited}");
+        for name in ["", "a/b", "tap%d", "..", "sixteen-letters-"] {
+            let text = faulty(&|eth1| eth1.host_dev_name = name.to_owned());
+            assert!(
+                text.starts_with(&format!(
+                    "network-interfaces[eth1].host_dev_name: {name:?} is not"
+                )),
+                "{text}"
+            );
+        }
+        let mut config = VmConfig::new("k");
+        for id in ["a", "b"] {
+            let mut interface = NetworkInterface::new(id, id);
+            interface.guest_mac = "06:00:00:00:00:01".parse().ok();
+            config.network_interfaces.push(interface);
+        }
+        assert_eq!(
+            config.validate().unwrap_err().to_string(),
+            "network-interfaces[b].guest_mac: 06:00:00:00:00:01 is used twice"
         );
     }
 
@@ -323,7 +493,7 @@ mod tests {
         config.entropy = Some(EntropyConfig::default());
         assert_eq!(
             config.validate().unwrap_err().to_string(),
-            "drives and entropy: 20 devices are more than 19"
+            "drives, network-interfaces and entropy: 20 devices are more than 19"
         );
     }
 

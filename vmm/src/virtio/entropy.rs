@@ -146,7 +146,7 @@ impl Device for Entropy {
         let (memory, label): (&GuestMemory, &str) = (&*memory, &*label);
         let log_limit = &mut self.log_limit;
         let mut service = Service {
-            throttle: &mut self.throttle,
+            throttle: &self.throttle,
             source: self.source,
             memory,
             allowance: &*self.allowance,
@@ -189,7 +189,7 @@ impl Device for Entropy {
 
 /// What a turn serves requests with.
 struct Service<'a, F> {
-    throttle: &'a mut Throttle,
+    throttle: &'a Throttle,
     source: Source,
     memory: &'a GuestMemory,
     allowance: &'a dyn Allowance,

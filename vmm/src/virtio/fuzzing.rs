@@ -2,6 +2,9 @@
 //!
 //! Everything here is what a guest can do: access registers, write its memory, ring doorbells.
 
+mod entropy;
+mod net;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,15 +18,17 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use self::entropy::entropy_requests;
+#[cfg(test)]
+pub(crate) use self::net::Wire;
+pub use self::net::network_frames;
 use super::device::lock;
 use super::{
-    Allowance, Block, Device, Disk, Doorbells, Entropy, GuestMemory, Interrupt, QueueWorker,
-    Throttle, Transport, Unbounded,
+    Allowance, Block, Device, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport,
+    Unbounded,
 };
 use crate::bus::MmioDevice;
-use crate::config::{
-    CacheType, Drive, DriveSamepage, IoEngine, RateLimiterConfig, TokenBucketConfig, Unsupported,
-};
+use crate::config::{CacheType, Drive, DriveSamepage, IoEngine, Unsupported};
 
 /// First bytes of memory, then a hole, then more: as around the hole below 4 GiB.
 pub(crate) const LOW_BYTES: usize = 0x8000;
@@ -34,6 +39,7 @@ pub(crate) const DESCRIPTORS: u64 = 0x1000;
 pub(crate) const AVAIL: u64 = 0x2000;
 pub(crate) const USED: u64 = 0x2800;
 pub(crate) const QUEUE_SIZE: u16 = 16;
+pub(crate) const QUEUE_STRIDE: u64 = 0x400;
 
 /// The configuration of a data drive over the file at `path`.
 pub fn drive(drive_id: &str, path: &Path, is_read_only: bool) -> Drive {
@@ -209,16 +215,22 @@ impl<D: Device> Guest<D> {
         );
     }
 
-    /// Enables the queue with its rings at the usual places.
+    /// Enables the first queue with its rings at the usual places.
     pub(crate) fn enable_queue(&mut self) {
-        self.write(register::VIRTIO_MMIO_QUEUE_SEL, 0);
+        self.enable(0);
+    }
+
+    /// Enables queue `index`, with its rings [`QUEUE_STRIDE`] bytes behind those of the one before.
+    fn enable(&mut self, index: u32) {
+        let stride = QUEUE_STRIDE * u64::from(index);
+        self.write(register::VIRTIO_MMIO_QUEUE_SEL, index);
         self.write(register::VIRTIO_MMIO_QUEUE_NUM, u32::from(QUEUE_SIZE));
         for (offset, address) in [
             (register::VIRTIO_MMIO_QUEUE_DESC_LOW, DESCRIPTORS),
             (register::VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAIL),
             (register::VIRTIO_MMIO_QUEUE_USED_LOW, USED),
         ] {
-            let [a, b, c, d, e, f, g, h] = address.to_le_bytes();
+            let [a, b, c, d, e, f, g, h] = (address + stride).to_le_bytes();
             self.write(offset, u32::from_le_bytes([a, b, c, d]));
             self.write(offset + 4, u32::from_le_bytes([e, f, g, h]));
         }
@@ -236,7 +248,8 @@ impl<D: Device> Guest<D> {
     /// All of a driver's initialization (virtio 1.2, 3.1.1).
     pub(crate) fn set_up(&mut self, features: u64) {
         self.negotiate(features);
-        self.enable_queue();
+        let queues = lock(&self.device).queue_max_sizes().len();
+        (0..).take(queues).for_each(|index| self.enable(index));
         self.driver_ok();
     }
 
@@ -286,29 +299,6 @@ pub fn any_requests(disk: impl FnOnce(bool) -> Disk, input: &[u8]) {
     let disk = disk(options & 1 != 0);
     let guest = Guest::allowed(disk, InTurn::new(options >> 2));
     served(guest, Guest::serve, features, input);
-}
-
-/// Any chains at all for an entropy device. Bit 0 of the first byte of `input` sets a limit, the
-/// others are those of [`any_requests`], and so is the rest.
-#[expect(clippy::expect_used, reason = "only in tests and fuzz targets")]
-pub fn entropy_requests(input: &[u8]) {
-    let Some((&options, input)) = input.split_first() else {
-        return;
-    };
-    let features = u64::from(options & 2 != 0) << VIRTIO_RING_F_EVENT_IDX;
-    let bucket = TokenBucketConfig {
-        size: 1000,
-        one_time_burst: Some(2000),
-        refill_time: 1,
-    };
-    let limit = RateLimiterConfig {
-        bandwidth: Some(bucket),
-        ops: None,
-    };
-    let throttle = Throttle::new(Some(&limit).filter(|_| options & 1 != 0)).expect("timer");
-    let allowance = InTurn::new(options >> 2);
-    let guest = Guest::with(Entropy::new(throttle, allowance.clone()), allowance);
-    served(guest, |guest| guest.worker.serve(0), features, input);
 }
 
 /// A driver that sets up its queue as it should and then puts anything at all into the rings.

@@ -34,13 +34,15 @@
 //! | `log_limit` | a bound on what a guest can make us log |
 //! | `throttle` | a rate limiter with a timer that rings for the queue |
 //! | `block` | virtio-block over a raw file |
+//! | `net` | virtio-net over a tap device |
 //! | `entropy` | virtio-entropy from the host's kernel |
 //!
 //! # Locks
 //! Two per device, in this order: the registers' mutex, which only vCPU threads take (the bus
 //! does), then the device's, which they take to configure or reset the device and which the event
 //! loop takes to serve a queue. The interrupt status is atomic and outside of both, so that the
-//! event loop never waits for a vCPU and a guest's interrupt handler never for disk I/O.
+//! event loop never waits for a vCPU and a guest's interrupt handler never for disk I/O. A rate
+//! limiter has one of its own, a leaf under the device's, which whoever changes the limit takes alone.
 
 mod allowance;
 mod attach;
@@ -52,6 +54,7 @@ mod entropy;
 pub mod fuzzing;
 mod interrupt;
 mod log_limit;
+mod net;
 mod queue_registers;
 mod ring;
 mod segments;
@@ -67,6 +70,7 @@ pub use device::{Activation, Device, Waker};
 pub use entropy::Entropy;
 pub use interrupt::Interrupt;
 pub use log_limit::LogLimit;
+pub use net::{Link, Net, NetworkLimits, Tap};
 pub use ring::{Budget, Progress, RingError, Served};
 pub use throttle::Throttle;
 pub use transport::Transport;

@@ -1,9 +1,19 @@
 //! Serving a queue: take what is available, answer it, know when to interrupt and when to stop.
 
+use std::sync::atomic::{Ordering, fence};
+
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::GuestMemory;
+
+/// Where the entries of the available ring begin, and bytes of one (virtio 1.2, 2.7.6).
+const AVAIL_ENTRIES: u64 = 4;
+const AVAIL_ENTRY_BYTES: u64 = 2;
+/// The same of the used ring (2.7.8).
+const USED_ELEMENTS: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
 
 /// How much a device does before it lets the other devices of the event loop have their turn.
 ///
@@ -24,9 +34,24 @@ impl Budget {
         cost_bytes: 4 << 20,
     };
 
-    fn spend(&mut self, served: Served) {
+    /// What each part of a chain costs besides the bytes in it: following a descriptor, and finding the
+    /// memory that it names, take as long as moving so many. Without it a chain of parts of a byte
+    /// would be all but free.
+    pub(super) const PART_COST_BYTES: u64 = 512;
+
+    /// Whether it is the others' turn.
+    pub(super) fn is_spent(&self) -> bool {
+        self.chains == 0 || self.cost_bytes == 0
+    }
+
+    pub(super) fn spend(&mut self, served: Served) {
         self.chains = self.chains.saturating_sub(1);
-        self.cost_bytes = self.cost_bytes.saturating_sub(served.cost_bytes);
+        self.spend_bytes(served.cost_bytes);
+    }
+
+    /// Spends what is a part of serving a chain.
+    pub(super) fn spend_bytes(&mut self, cost_bytes: u64) {
+        self.cost_bytes = self.cost_bytes.saturating_sub(cost_bytes);
     }
 }
 
@@ -112,16 +137,13 @@ pub(super) fn drain(
             .disable_notification(memory)
             .map_err(RingError::Used)?;
         let exhausted = loop {
-            if budget.chains == 0 || budget.cost_bytes == 0 {
+            if budget.is_spent() {
                 break true;
             }
-            let Some(chain) = queue.iter(memory).map_err(RingError::Available)?.next() else {
+            let Some(chain) = next_chain(queue, memory)? else {
                 break false;
             };
-            let (head, size) = (chain.head_index(), queue.size());
-            if head >= size {
-                return Err(RingError::Head { head, size });
-            }
+            let head = chain.head_index();
             let Some(served) = serve(chain) else {
                 starved = true;
                 break false;
@@ -152,12 +174,80 @@ pub(super) fn drain(
     })
 }
 
+/// Takes the next available chain off the ring, if there is one.
+pub(super) fn next_chain<'a>(
+    queue: &mut Queue,
+    memory: &'a GuestMemory,
+) -> Result<Option<DescriptorChain<&'a GuestMemory>>, RingError> {
+    let Some(chain) = queue.iter(memory).map_err(RingError::Available)?.next() else {
+        return Ok(None);
+    };
+    let (head, size) = (chain.head_index(), queue.size());
+    if head >= size {
+        return Err(RingError::Head { head, size });
+    }
+    Ok(Some(chain))
+}
+
+/// Puts chains, as (head, bytes written), into the used ring so that the driver sees all of them or
+/// none: those of one frame, the first of which says how many there are (5.1.6.3.1).
+///
+/// virtio-queue shows each chain by itself, so the last one alone is put by it.
+pub(super) fn publish(
+    queue: &mut Queue,
+    memory: &GuestMemory,
+    used: &[(u16, u32)],
+) -> Result<(), RingError> {
+    let Some((&(last, last_bytes), others)) = used.split_last() else {
+        return Ok(());
+    };
+    for &(head, bytes) in others {
+        let index = u64::from(queue.next_used() % queue.size());
+        let element = [u32::from(head).to_le(), bytes.to_le()];
+        let address = GuestAddress(queue.used_ring() + USED_ELEMENTS + index * USED_ELEMENT_BYTES);
+        memory
+            .write_obj(element, address)
+            .map_err(|error| RingError::Used(virtio_queue::Error::GuestMemory(error)))?;
+        queue.set_next_used(queue.next_used().wrapping_add(1));
+    }
+    queue
+        .add_used(memory, last, last_bytes)
+        .map_err(RingError::Used)
+}
+
+/// Whether the driver wants an interrupt for what was used since `next_used` was `used_before`.
+///
+/// virtio-queue's own answer counts what [`publish`] put as one.
+pub(super) fn needs_interrupt(
+    queue: &mut Queue,
+    memory: &GuestMemory,
+    used_before: u16,
+) -> Result<bool, RingError> {
+    let used_now = queue.next_used();
+    if used_now == used_before {
+        return Ok(false);
+    }
+    if !queue.event_idx_enabled() {
+        return queue
+            .needs_notification(memory)
+            .map_err(RingError::Available);
+    }
+    // The used ring is written before the driver's wish is read.
+    fence(Ordering::SeqCst);
+    let wish = queue.avail_ring() + AVAIL_ENTRIES + AVAIL_ENTRY_BYTES * u64::from(queue.size());
+    let used_event: u16 = memory
+        .load(GuestAddress(wish), Ordering::Relaxed)
+        .map_err(|error| RingError::Available(virtio_queue::Error::GuestMemory(error)))?;
+    // Whether the entry that it names is among them (2.7.10, vring_need_event of Linux).
+    let behind = used_now.wrapping_sub(u16::from_le(used_event));
+    Ok(behind.wrapping_sub(1) < used_now.wrapping_sub(used_before))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;
-    use vm_memory::{Bytes, GuestAddress};
 
     const SERVED: Served = Served {
         used_bytes: 1,
@@ -197,6 +287,44 @@ mod tests {
         );
         assert_eq!(heads, [0, 1, 2, 3, 4]);
         assert_eq!(driver.used().idx().load(), 5);
+    }
+
+    #[test]
+    fn chains_of_one_frame_are_put_into_the_used_ring_in_order_and_across_its_end() {
+        let memory = memory();
+        let driver = MockSplitQueue::create(&memory, GuestAddress(0x100), 16);
+        let mut queue = queue_with(&driver, 16);
+        queue.set_next_used(14);
+        publish(&mut queue, &memory, &[(3, 30), (4, 40), (5, 50)]).unwrap();
+        assert_eq!(queue.next_used(), 17);
+        assert_eq!(driver.used().idx().load(), 17);
+        let used: Vec<_> = [14, 15, 0]
+            .map(|index| driver.used().ring().ref_at(index).unwrap().load())
+            .map(|element| (element.id(), element.len()))
+            .into();
+        assert_eq!(used, [(3, 30), (4, 40), (5, 50)]);
+        publish(&mut queue, &memory, &[]).unwrap();
+        assert_eq!(queue.next_used(), 17);
+    }
+
+    #[test]
+    fn a_driver_is_interrupted_for_the_entry_that_it_named_and_for_none_before() {
+        let memory = memory();
+        let driver = MockSplitQueue::create(&memory, GuestAddress(0x100), 16);
+        let mut queue = queue_with(&driver, 16);
+        queue.set_event_idx(true);
+        // The mock leaves no room for the driver's wish behind its available ring.
+        queue.set_avail_ring_address(Some(0x8000), Some(0));
+        let wish = GuestAddress(queue.avail_ring() + 4 + 2 * 16);
+        memory.write_obj(2_u16, wish).unwrap();
+        assert!(!needs_interrupt(&mut queue, &memory, 0).unwrap());
+        publish(&mut queue, &memory, &[(0, 1), (1, 1)]).unwrap();
+        assert!(!needs_interrupt(&mut queue, &memory, 0).unwrap());
+        // Named, though it is not the last one that was put.
+        publish(&mut queue, &memory, &[(2, 1), (3, 1)]).unwrap();
+        assert!(needs_interrupt(&mut queue, &memory, 2).unwrap());
+        publish(&mut queue, &memory, &[(4, 1)]).unwrap();
+        assert!(!needs_interrupt(&mut queue, &memory, 4).unwrap());
     }
 
     #[test]
