@@ -105,9 +105,9 @@ fn write_past_the_limit_of_file_sizes_is_an_error_of_its_guest_and_not_the_serve
 
 /// Session and terminal of a process: fields 6 and 7 of its `stat` (proc(5)).
 fn session_and_terminal(pid: u32) -> (String, String) {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
     // Behind the name, which may have spaces: state, parent, group, session, terminal.
-    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let (_, fields) = stat.rsplit_once(") ").expect("a name");
     let fields: Vec<&str> = fields.split(' ').collect();
     (fields[3].to_owned(), fields[4].to_owned())
 }
