@@ -277,3 +277,28 @@ fn stand(watch: &Arc<Watch>, gauge: Gauge) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guarded() -> Guard {
+        let engine = Engine::new(&dedup::Settings::default()).unwrap();
+        let watch = Watch::new(Arc::new(engine), Arc::default()).unwrap();
+        Guard::spawn(&watch).unwrap()
+    }
+
+    #[test]
+    fn victims_of_a_cgroups_limit_are_of_all_domains_and_those_of_a_budget_of_one() {
+        let (one, other) = (guarded(), guarded());
+        let has = |limit, watch: &Arc<Watch>| {
+            let sharing = one.watch.sharing(limit);
+            sharing.iter().any(|domain| Arc::ptr_eq(domain, watch))
+        };
+        assert!(has(Limit::Cgroup, &one.watch) && has(Limit::Cgroup, &other.watch));
+        assert!(has(Limit::Budget, &one.watch) && !has(Limit::Budget, &other.watch));
+        let gone = other.watch.clone();
+        drop(other);
+        assert!(!has(Limit::Cgroup, &gone));
+    }
+}
