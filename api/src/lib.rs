@@ -28,6 +28,7 @@
 //! | `fuzzing` | any bytes at all, for fuzz targets |
 //! | [`doctor`] | whether a host is fit, and how to mend it |
 //! | [`vm_args`] | the arguments that describe a VM, and the config they make |
+//! | [`lock_down`] | what a monitor gives up before it begins |
 //! | [`limits`], [`signals`] | of the process: open files, sizes of files; what ends it |
 //! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
 //!
@@ -64,6 +65,7 @@ mod fuzz_seeds;
 pub mod fuzzing;
 pub mod http10;
 pub mod limits;
+pub mod lock_down;
 pub mod merge_report;
 pub mod model;
 pub mod note;

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use samepage::cli::Cli;
-use samepage::command;
+use samepage::cli::{Cli, Command};
 use samepage::note::note;
+use samepage::{command, lock_down};
 
 /// How long the end of the process waits for requests that still run, if all is well so far.
 const LAST_WAIT: Duration = Duration::from_secs(3);
@@ -17,6 +17,13 @@ const LAST_WAIT: Duration = Duration::from_secs(3);
 fn main() -> ExitCode {
     let cli = Cli::parse();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    if let Command::Monitor(args) = &cli.command {
+        // Before there is a second thread, which it would not hold for.
+        for part in lock_down::lock_down(args.console_tails.as_deref()) {
+            // Its front door warns, once.
+            log::info!("this monitor is not fully locked down: {part}");
+        }
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

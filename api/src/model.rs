@@ -17,6 +17,10 @@ use crate::fault::FaultBody;
 pub struct Version {
     /// Samepage's version; Firecracker's name for the field.
     pub firecracker_version: String,
+    /// What the monitors of this server cannot give up on this host; absent where merge domains are no
+    /// processes of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock_down_missing: Option<Vec<String>>,
 }
 
 /// Reply of `GET /vms/{id}`, and an item of `GET /vms`: Firecracker's `InstanceInfo` and more.
@@ -134,6 +138,7 @@ impl Version {
     pub fn current() -> Version {
         Version {
             firecracker_version: VERSION.to_owned(),
+            lock_down_missing: None,
         }
     }
 }
@@ -186,6 +191,13 @@ mod tests {
         let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
         keys.sort();
         keys
+    }
+
+    fn full_version() -> Version {
+        Version {
+            lock_down_missing: Some(Vec::new()),
+            ..Version::current()
+        }
     }
 
     #[test]
@@ -243,7 +255,7 @@ mod tests {
                 "MergedNow",
                 serde_json::to_value(dedup::MergedNow::default()).unwrap(),
             ),
-            ("Version", serde_json::to_value(Version::current()).unwrap()),
+            ("Version", serde_json::to_value(full_version()).unwrap()),
         ] {
             assert_eq!(
                 keys(&schemas[schema]["properties"]),

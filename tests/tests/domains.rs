@@ -163,3 +163,31 @@ fn a_domain_may_have_any_name_that_is_allowed() {
     wait_states(&server, &[("-a", "Running"), ("-b", "Running")]);
     assert_eq!(describe(&server, "-a")["merge_domain"], "--help");
 }
+
+#[test]
+fn all_threads_of_a_monitor_are_locked_down() {
+    if !kvm::is_present() {
+        return;
+    }
+    let (state, kernel) = (State::empty(), KernelFile::new(IDLE));
+    let server = state.serve();
+    launch(&server, "a", &kernel, Some("ci"));
+    let process = Path::new("/proc").join(state.monitor("ci").as_raw_nonzero().to_string());
+    let threads = std::fs::read_dir(process.join("task")).expect("its threads");
+    for thread in threads {
+        let status = thread.expect("a thread").path().join("status");
+        let status = std::fs::read_to_string(status).expect("its status");
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+    }
+    let limits = std::fs::read_to_string(process.join("limits")).expect("its limits");
+    let core = limits
+        .lines()
+        .find(|line| line.starts_with("Max core file size"));
+    let words: Vec<&str> = core.expect("a limit").split_whitespace().collect();
+    assert_eq!(words[4..6], ["0", "0"]);
+    // What could not be had is told, and the front door itself is as it was.
+    let version = server.call("GET", "/version", "").json();
+    assert!(version["lock_down_missing"].is_array(), "{version}");
+    let own = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("status");
+    assert!(own.contains("NoNewPrivs:\t0"), "{own}");
+}

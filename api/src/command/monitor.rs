@@ -30,6 +30,7 @@ use crate::console_tails::ConsoleTails;
 use crate::domains::process::READY;
 use crate::front_door::FrontDoor;
 use crate::limits;
+use crate::lock_down;
 use crate::server::{self, Backend};
 use crate::signals::EndSignals;
 
@@ -49,6 +50,7 @@ pub async fn monitor(args: MonitorArgs) -> Result<(), CommandError> {
     if let Err(error) = limits::raise() {
         log::warn!("cannot raise the limits of open files and file sizes: {error}");
     }
+    lock_down::forbid_core_dumps().map_err(CommandError::os("core dumps"))?;
     let listener = inherited_listener()?;
     let settings = serve::settings(args.memory_budget_mib);
     let tails = args.console_tails.map(ConsoleTails::new);

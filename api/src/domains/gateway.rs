@@ -23,6 +23,7 @@ use super::state_dir::StateDir;
 use crate::console_stream::ConsoleStreams;
 use crate::domain_name::DomainName;
 use crate::fault::Fault;
+use crate::lock_down;
 use crate::model::Version;
 use crate::places::Places;
 use crate::reply::{self, Reply};
@@ -43,6 +44,8 @@ pub struct Gateway {
     places: Places,
     pub(super) state: StateDir,
     pub(super) settings: StartSettings,
+    /// What its monitors cannot give up on this host.
+    lock_down_missing: Vec<String>,
     /// All monitors that may still live, to be killed at once.
     processes: Mutex<Vec<Weak<MonitorProcess>>>,
 }
@@ -63,8 +66,12 @@ impl Gateway {
             places: Places::default(),
             state,
             settings,
+            lock_down_missing: lock_down::missing_here(),
             processes: Mutex::default(),
         });
+        for part in &gateway.lock_down_missing {
+            log::warn!("monitors are not fully locked down: {part}");
+        }
         // Declared first: a monitor without VMs would not be kept.
         let mut entries = Vec::new();
         for domain in declared {
@@ -109,7 +116,10 @@ impl Gateway {
     async fn carry_out(self: &Arc<Self>, request: &Request, received: &Received) -> Answer {
         let _place = self.places.take(self.domain_of(request)).await?;
         let reply = match request {
-            Request::Version => Reply::json(&Version::current())?,
+            Request::Version => Reply::json(&Version {
+                lock_down_missing: Some(self.lock_down_missing.clone()),
+                ..Version::current()
+            })?,
             Request::OpenApi => Reply::Json(crate::OPENAPI_JSON.into()),
             Request::ListVms => Reply::json(&self.list_vms().await)?,
             Request::ListDomains => Reply::json(&self.list_domains().await)?,
