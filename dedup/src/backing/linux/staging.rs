@@ -5,8 +5,10 @@ use std::ptr;
 use std::sync::Arc;
 
 use super::{LinuxPool, Userfaultfd, check, check_mapped};
-use crate::mapping::unmap;
-use crate::page::{PAGE_SIZE_BYTES, PageRange, PoolPage, pages_to_bytes, range_pages};
+use crate::mapping::{reserve_aligned, unmap};
+use crate::page::{
+    HUGE_PAGE_BYTES, PAGE_SIZE_BYTES, PageRange, PoolPage, pages_to_bytes, range_pages,
+};
 
 /// A private mapping of consecutive pages of the pool, or of nothing, at an address that nobody else
 /// knows, unmapped on drop. Its pages go by the numbers of those that they are to replace.
@@ -20,32 +22,38 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
-    /// Maps what lies `under` the pages of `range`.
+    /// Maps what lies `under` the pages of `range`, where a huge page can begin. A range that is moved
+    /// from anywhere else brings a page table along, and no huge page of the pool is mapped then.
     pub(super) fn new(
         range: PageRange,
         under: Option<(&LinuxPool, PoolPage)>,
         userfaultfd: &Arc<Userfaultfd>,
     ) -> io::Result<Staging> {
-        userfaultfd.note_mapping_call();
         let len_bytes = pages_to_bytes(range_pages(&range));
-        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        let (flags, fd, offset_bytes) = match under {
-            Some((pool, first)) => (flags, pool.fd(), pages_to_bytes(first.0)),
-            None => (flags | libc::MAP_ANONYMOUS, -1, 0),
-        };
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let offset_bytes = under.map_or(0, |(_, first)| pages_to_bytes(first.0));
         let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
-        // SAFETY: no address is given, so no existing mapping is touched.
-        let start = unsafe {
-            let prot = libc::PROT_READ | libc::PROT_WRITE;
-            libc::mmap(ptr::null_mut(), len_bytes, prot, flags, fd, offset)
-        };
-        check_mapped(start)?;
+        userfaultfd.note_mapping_call();
+        let start = reserve_aligned(len_bytes, HUGE_PAGE_BYTES, prot)?;
         let staging = Staging {
-            start: start.cast(),
+            start,
             range,
             userfaultfd: Arc::clone(userfaultfd),
             shows_pool: under.is_some(),
         };
+        if let Some((pool, _)) = under {
+            userfaultfd.note_mapping_call();
+            let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            let fd = pool.fd();
+            // SAFETY: the range was reserved just above, and nobody else knows it.
+            let mapped = unsafe { libc::mmap(start.cast(), len_bytes, prot, flags, fd, offset) };
+            if let Err(error) = check_mapped(mapped) {
+                // The call may have taken the reservation away, and another thread have the range now.
+                staging.forget();
+                return Err(error);
+            }
+        }
+        let start: *mut libc::c_void = start.cast();
         if under.is_none() {
             // Declined for huge pages as the rest is. EINVAL: a kernel without them.
             // SAFETY: the range was mapped just above.

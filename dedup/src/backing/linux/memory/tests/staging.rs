@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use super::*;
+use crate::page::HUGE_PAGE_BYTES;
 
 #[test]
 fn writers_to_a_range_that_is_replaced_wait_and_then_write() {
@@ -165,4 +166,20 @@ fn pages_of_zeros_show_zeros_whatever_is_filled_into_their_places() {
     memory.release(0..PAGES, false);
     assert_eq!(sleeper.recv_timeout(LONG), Ok(6));
     assert_eq!(read(&memory, 6), content(6) + 100);
+}
+
+#[test]
+fn what_is_built_aside_begins_where_a_huge_page_can() {
+    let (memory, pool) = filled();
+    // Small mappings lie side by side where the kernel may choose.
+    let under = [Some(PoolPage(0)), None, Some(PoolPage(512)), None];
+    let stagings = under.map(|under| {
+        memory
+            .stage(&pool, 0..PAGES, under)
+            .expect("there are VMAs")
+    });
+    for staging in &stagings {
+        let start = staging.page_address(0).addr();
+        assert!(start.is_multiple_of(HUGE_PAGE_BYTES), "{start:x}");
+    }
 }
