@@ -176,6 +176,21 @@ impl World {
         });
     }
 
+    /// Two regions with the same content.
+    fn filled() -> World {
+        let mut world = World::new();
+        for region in 0..2 {
+            world.apply(&Step::Write {
+                region,
+                page: 0,
+                pages: PAGES,
+                content: 3,
+                stride: 1,
+            });
+        }
+        world
+    }
+
     fn pass(&self) {
         while self.shared.has_regions() && self.shared.batch(u32::MAX).passes == 0 {}
     }

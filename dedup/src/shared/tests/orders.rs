@@ -4,16 +4,7 @@ use super::*;
 
 /// Two regions with the same content, merged.
 fn merged_world() -> World {
-    let mut world = World::new();
-    for region in [0, 1] {
-        world.apply(&Step::Write {
-            region,
-            page: 0,
-            pages: PAGES,
-            content: 3,
-            stride: 1,
-        });
-    }
+    let world = World::filled();
     world.check_settled();
     assert_ne!(world.pool.used_pages(), 0);
     world

@@ -41,23 +41,9 @@ impl World {
     }
 }
 
-fn filled() -> World {
-    let mut world = World::new();
-    for region in 0..2 {
-        world.apply(&Step::Write {
-            region,
-            page: 0,
-            pages: PAGES,
-            content: 3,
-            stride: 1,
-        });
-    }
-    world
-}
-
 #[test]
 fn pages_that_a_device_uses_are_not_merged_until_it_has_done() {
-    let world = filled();
+    let world = World::filled();
     let Guest { region, memory, .. } = &world.guests[0];
     let pin = Pin::new(region, 8..16).expect("they are there");
     memory.hold_frames(8..16);
@@ -72,7 +58,7 @@ fn pages_that_a_device_uses_are_not_merged_until_it_has_done() {
 
 #[test]
 fn what_a_device_writes_after_a_page_was_compared_is_not_lost() {
-    let mut world = filled();
+    let mut world = World::filled();
     world.pass();
     // Found equal by now, and compared in this pass.
     (0..4).for_each(|_| world.pinned_pass(0, &(0..PAGES), Some(90), false));
@@ -82,7 +68,7 @@ fn what_a_device_writes_after_a_page_was_compared_is_not_lost() {
 
 #[test]
 fn merged_pages_that_a_device_uses_get_frames_that_an_unmerge_leaves_alone() {
-    let mut world = filled();
+    let mut world = World::filled();
     world.check_settled();
     world.pinned_pass(0, &(3..5), None, true);
     world.check_settled();
@@ -90,7 +76,7 @@ fn merged_pages_that_a_device_uses_get_frames_that_an_unmerge_leaves_alone() {
 
 #[test]
 fn a_pinned_page_in_a_block_that_is_to_be_based_keeps_its_frame() {
-    let world = filled();
+    let world = World::filled();
     let Guest { region, memory, .. } = &world.guests[1];
     let pin = Pin::new(region, PAGES - 1..PAGES).expect("it is there");
     memory.hold_frames(PAGES - 1..PAGES);

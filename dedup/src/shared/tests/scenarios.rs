@@ -44,16 +44,7 @@ fn a_region_that_frees_its_pages_in_the_middle_of_a_merge_gives_nobody_its_zeros
         .into_iter()
         .flat_map(|dying| [(dying, Moment::Fill), (dying, Moment::Compare)])
     {
-        let mut world = World::new();
-        for region in [0, 1] {
-            world.apply(&Step::Write {
-                region,
-                page: 0,
-                pages: PAGES,
-                content: 3,
-                stride: 1,
-            });
-        }
+        let mut world = World::filled();
         // Calm from the next pass on, in which the pages of both are merged.
         world.pass();
         let (region, memory) = (
@@ -164,16 +155,7 @@ fn two_pages_that_change_alike_under_a_merge_do_not_found_a_page_under_their_old
 
 #[test]
 fn a_shared_page_that_the_kernel_is_moving_keeps_its_stable_page() {
-    let mut world = World::new();
-    for region in [0, 1] {
-        world.apply(&Step::Write {
-            region,
-            page: 0,
-            pages: PAGES,
-            content: 3,
-            stride: 1,
-        });
-    }
+    let world = World::filled();
     world.check_settled();
     for guest in &world.guests {
         guest.memory.moving.store(true, Ordering::Relaxed);
@@ -252,16 +234,7 @@ fn a_page_that_changes_in_every_pass_is_left_out_of_most() {
 fn a_region_is_merged_now_while_the_worker_rests() {
     // The first region is not watched, the second is.
     for late in [0, 1] {
-        let mut world = World::new();
-        for region in [0, 1] {
-            world.apply(&Step::Write {
-                region,
-                page: 0,
-                pages: PAGES,
-                content: 3,
-                stride: 1,
-            });
-        }
+        let world = World::filled();
         let merge_now = |region: usize| world.shared.merge_now(&world.guests[region].region);
         let first = merge_now(1 - late).expect("the engine merges");
         assert_eq!((first.pages_merging, first.pages_gained), (0, 0));
