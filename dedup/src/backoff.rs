@@ -34,6 +34,9 @@ const AGE_CHANGING_MAX: u8 = 3;
 /// the dirty log: 256 intervals, 13 s.
 const AGE_BUSY_MAX: u8 = 8;
 
+/// Most intervals between two looks at the dirty pages of a region: 800 ms.
+const LOOK_WAIT_MAX: u32 = 16;
+
 const STAMP_BITS: u32 = 12;
 const STAMP_MASK: u16 = (1 << STAMP_BITS) - 1;
 
@@ -168,6 +171,38 @@ impl Backoff {
     }
 }
 
+/// When the dirty pages of a watched region are asked for: once an interval, and exponentially less
+/// often while that leads to nothing. A look takes the worker some 50 us, and then the guest 3 us for
+/// its next write to each page that it writes to all the time.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Looks {
+    last: Option<Interval>,
+    /// Intervals from the last look to the next.
+    wait: u32,
+    /// Whether the pass in hand has looked, and visits the region.
+    pub(crate) is_due: bool,
+}
+
+impl Looks {
+    /// A pass comes to the region: decides whether it looks.
+    pub(crate) fn begin(&mut self, intervals: &Intervals, hurried: bool) {
+        let now = intervals.current;
+        let elapsed = self.last.map(|last| now.0.wrapping_sub(last.0));
+        self.is_due = hurried || elapsed.is_none_or(|elapsed| elapsed >= self.wait);
+        if self.is_due {
+            self.last = Some(now);
+            // Where each pass is an interval, somebody counts passes.
+            let wait_max = if intervals.length.is_zero() { 1 } else { LOOK_WAIT_MAX };
+            self.wait = (self.wait * 2).clamp(1, wait_max);
+        }
+    }
+
+    /// A page has changed its state, or is to be tried: the next interval looks.
+    pub(crate) fn hasten(&mut self) {
+        self.wait = 1;
+    }
+}
+
 /// Counts the intervals of watched regions.
 #[derive(Debug)]
 pub(crate) struct Intervals {
@@ -213,6 +248,27 @@ impl Intervals {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn looks_become_rarer_while_they_lead_to_nothing() {
+        let mut intervals = Intervals::new(INTERVAL, Instant::now());
+        let mut looks = Looks::default();
+        let mut looked_at = Vec::new();
+        for interval in 0..60 {
+            intervals.current = Interval(interval);
+            // Two passes in each interval.
+            for _ in 0..2 {
+                looks.begin(&intervals, false);
+                looked_at.extend(looks.is_due.then_some(interval));
+            }
+            if interval == 50 || interval == 51 {
+                looks.hasten();
+            }
+        }
+        assert_eq!(looked_at, [0, 1, 3, 7, 15, 31, 47, 51, 52, 54, 58]);
+        looks.begin(&intervals, true);
+        assert!(looks.is_due, "somebody waits");
+    }
 
     /// Merges that a page written to every `period` intervals goes through in `intervals`.
     fn merges(period: u32, intervals: u32, worth: u16) -> u32 {

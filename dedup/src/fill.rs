@@ -122,6 +122,7 @@ impl<B: Backing> Scanner<B> {
                     && items.state(page).calm_checksum() == Some(checksum);
                 if let Some(watch) = attached.watch.as_mut().filter(|_| lies_there) {
                     watch.pending.insert(page);
+                    attached.looks.hasten();
                 }
             }
         }
@@ -185,6 +186,7 @@ impl<B: Backing> Scanner<B> {
         };
         if let Some(watch) = &mut attached.watch {
             watch.pending.insert(page);
+            attached.looks.hasten();
             let items = &mut attached.items;
             let since = Interval(items.now.0.wrapping_sub(u32::from(map_after)));
             items.set_backoff(page, items.backoff(page).calmed(since));

@@ -4,7 +4,7 @@ use std::sync::Arc as StdArc;
 use std::time::Instant;
 
 use crate::backing::Backing;
-use crate::backoff::{INTERVAL, Intervals, MAP_AFTER};
+use crate::backoff::{INTERVAL, Intervals, Looks, MAP_AFTER};
 use crate::base::HEAL_VMAS_MIN;
 use crate::budget::Budget;
 use crate::dirty::{PageSet, Watch};
@@ -29,6 +29,8 @@ pub(crate) struct Attached<B> {
     pub(crate) watch: Option<Watch>,
     /// Pages that a pass has to visit here, as the last one knew when it began.
     pub(crate) due_pages: u32,
+    /// For a watched region: when its dirty pages are asked for.
+    pub(crate) looks: Looks,
 }
 
 impl<B> Attached<B> {
@@ -118,6 +120,7 @@ impl<B: Backing> Scanner<B> {
                 items,
                 watch,
                 due_pages: region.backing().pages(),
+                looks: Looks::default(),
             }
         });
     }
@@ -146,8 +149,10 @@ impl<B: Backing> Scanner<B> {
 
     /// The first page from `page` on that a visit could learn something about.
     pub(crate) fn next_to_visit(&self, id: RegionId, page: u32) -> Option<u32> {
-        match &self.attached.get(&id)?.watch {
-            Some(watch) => watch.next_from(page),
+        let attached = self.attached.get(&id)?;
+        match &attached.watch {
+            Some(watch) if attached.looks.is_due => watch.next_from(page),
+            Some(_) => None,
             None => Some(page),
         }
     }

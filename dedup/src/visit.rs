@@ -84,6 +84,7 @@ impl<B: Backing> Scanner<B> {
         window: PageRange,
     ) -> io::Result<u32> {
         let mut plan = Plan::default();
+        let changes = self.changes;
         let visited = match self.take_watched(inside.region.id(), window.clone()) {
             Some(pages) => self.visit_watched(inside, &pages, &mut plan)?,
             None => self.visit(inside, window.clone(), &mut plan)?,
@@ -93,6 +94,11 @@ impl<B: Backing> Scanner<B> {
         let page = window.start;
         self.settle_watched(inside, window, &plan.later);
         self.heal(inside, page);
+        if self.changes > changes
+            && let Some(attached) = self.attached(inside.region.id())
+        {
+            attached.looks.hasten();
+        }
         self.reclaim();
         self.publish_region(inside.region);
         Ok(visited)

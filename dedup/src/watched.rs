@@ -22,16 +22,22 @@ const GAP_PAGES_MAX: u32 = 16;
 impl<B: Backing> Scanner<B> {
     /// Begins a pass over a region: learns what was written to, and what need not wait any more.
     pub(crate) fn begin_region(&mut self, inside: &Entered<'_, B>) {
-        let (interval, hurried) = (self.intervals.current(), self.hurried);
+        let (intervals, hurried) = (&self.intervals, self.hurried);
+        let interval = intervals.current();
         let map_after = self.map_after;
         let pass = u32::try_from(self.full_scans & u64::from(u32::MAX)).unwrap_or(0);
-        let Some(attached) = self.attached(inside.region.id()) else {
+        let Some(attached) = self.attached.get_mut(&inside.region.id()) else {
             return;
         };
         let (Some(watch), Some(source)) = (&mut attached.watch, inside.region.source()) else {
             attached.items.now = Interval(pass);
             return;
         };
+        attached.looks.begin(intervals, hurried);
+        if !attached.looks.is_due {
+            attached.due_pages = 0;
+            return;
+        }
         attached.items.now = interval;
         attached.items.worth = WORTH;
         watch.release_to_map(&attached.items, if hurried { 0 } else { map_after });
