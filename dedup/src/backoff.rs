@@ -192,7 +192,11 @@ impl Looks {
         if self.is_due {
             self.last = Some(now);
             // Where each pass is an interval, somebody counts passes.
-            let wait_max = if intervals.length.is_zero() { 1 } else { LOOK_WAIT_MAX };
+            let wait_max = if intervals.length.is_zero() {
+                1
+            } else {
+                LOOK_WAIT_MAX
+            };
             self.wait = (self.wait * 2).clamp(1, wait_max);
         }
     }

@@ -262,21 +262,43 @@ impl<B: Backing> Scanner<B> {
         if vmas < self.heal_vmas_min && !gives_back {
             return;
         }
+        let known = self.stable.layouts.blocks_of(block_number(page));
         let base = self.base_of(id, page);
-        let known = self.stable.layouts.blocks_of(block_number(page)).iter();
-        let best = known.map(|&first| (self.shared_at(id, &block, first), first));
-        let (kept, first) = match base {
-            Some(first) => (self.shared_at(id, &block, first), Some(first)),
-            None => best
-                .max()
-                .filter(|&(kept, _)| kept > 0)
-                .map_or((0, None), |(kept, first)| (kept, Some(first))),
-        };
+        // The oldest of those that are nearly as good as the best: all of a domain's guests are to come
+        // to the same, or each content would lie in several.
+        let scored: Vec<(u32, PoolPage)> = (known.iter())
+            .map(|&first| (self.shareable_at(id, &block, first), first))
+            .collect();
+        let most = scored.iter().map(|&(pages, _)| pages).max().unwrap_or(0);
+        let is_good = |&&(pages, _): &&(u32, PoolPage)| pages > 0 && pages >= most - most / 8;
+        let best = scored.iter().find(is_good).copied();
+        let (kept, first) = best.map_or((0, base), |(pages, first)| (pages, Some(first)));
         let lost_pages = shared_pages.saturating_sub(kept);
         if !gives_back && !is_broken(vmas, lost_pages, self.heal_vmas_min) {
             return;
         }
+        let filled = first.map_or_else(Vec::new, |first| self.refill(inside, &block, first));
         self.rebuild(inside, page, first);
+        for place in filled {
+            self.stable.drop_sharer(place);
+        }
+    }
+
+    /// Looks at the next block of a region: what its pages are mapped to may have become worth building
+    /// it anew while nobody wrote to it.
+    pub(crate) fn heal_next(&mut self, inside: &Entered<'_, B>) {
+        let Some(attached) = self.attached(inside.region.id()) else {
+            return;
+        };
+        let items = &attached.items;
+        let mut starts = (0..items.pages()).step_by(HUGE_PAGE_PAGES as usize);
+        let is_next = |&page: &u32| page >= attached.heal_from && items.knows_block(page);
+        let next = starts.find(is_next);
+        attached.heal_from = next.map_or(0, |page| page + HUGE_PAGE_PAGES);
+        if let Some(page) = next {
+            self.heal(inside, page);
+            self.reclaim();
+        }
     }
 
     /// Has a block of which nothing is shared any more lie over nothing, if it has many mappings, or
@@ -298,19 +320,20 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
-    /// Pages of a block whose stable page holds what their place holds.
-    fn shared_at(&self, id: RegionId, block: &PageRange, first: PoolPage) -> u32 {
+    /// Pages of a block whose stable page holds what their place holds, or could: the place is empty.
+    fn shareable_at(&self, id: RegionId, block: &PageRange, first: PoolPage) -> u32 {
         let Some(attached) = self.attached.get(&id) else {
             return 0;
         };
-        let is_shared = |&page: &u32| match attached.items.state(page) {
+        let is_shareable = |&page: &u32| match attached.items.state(page) {
             PageState::Stable(pool_page) => {
-                let held = self.stable.fingerprint(place_in(first, page));
-                self.stable.fingerprint(pool_page) == held
+                let place = place_in(first, page);
+                let held = self.stable.fingerprint(place);
+                self.can_move(page, pool_page, place) || self.stable.fingerprint(pool_page) == held
             }
             _ => false,
         };
-        u32::try_from(block.clone().filter(is_shared).count()).unwrap_or(u32::MAX)
+        u32::try_from(block.clone().filter(is_shareable).count()).unwrap_or(u32::MAX)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::group::GROUP_PAGES_MAX;
 use crate::item::PageState;
 use crate::layouts::{block_number, place_in};
 use crate::merge::{report, run_len};
-use crate::page::{PoolPage, runs};
+use crate::page::{PageRange, PoolPage, runs};
 use crate::region::{Entered, RegionId};
 use crate::scanner::Scanner;
 use crate::visit::Pair;
@@ -68,6 +68,55 @@ impl<B: Backing> Scanner<B> {
             }
         }
         founded
+    }
+
+    /// Fills empty places of the block that begins at `first` with what pages of a guest's block share
+    /// in other blocks of places: its mappings there are needless then. What was in such a place when they were made,
+    /// nobody shares any more. The caller is a sharer of each place returned, and must leave it.
+    pub(crate) fn refill(
+        &mut self,
+        inside: &Entered<'_, B>,
+        block: &PageRange,
+        first: PoolPage,
+    ) -> Vec<PoolPage> {
+        let id = inside.region.id();
+        let mut wanted = Vec::new();
+        for page in block.clone() {
+            if let PageState::Stable(pool_page) = self.items(id).state(page)
+                && let Some(fingerprint) = self.stable.fingerprint(pool_page)
+                && self.can_move(page, pool_page, place_in(first, page))
+            {
+                wanted.push((page, fingerprint));
+            }
+        }
+        let (_reserved, granted) = self.budget.reserve_for_merge(run_len(&wanted));
+        wanted.truncate(granted as usize);
+        wanted.retain(|&(page, _)| self.stable.claim(place_in(first, page)));
+        let mut filled = Vec::with_capacity(wanted.len());
+        for run in runs(&wanted, GROUP_PAGES_MAX as usize, |a, b| a.0 + 1 == b.0) {
+            let range = run[0].0..run[0].0 + run_len(run);
+            let place = place_in(first, range.start);
+            let copied = inside.backing().fill(range, &self.pool, place);
+            for &(page, fingerprint) in run {
+                let place = place_in(first, page);
+                // Its guest may have written to it, and an exit may have freed it.
+                if copied.is_ok() && self.pool.fingerprint(place) == fingerprint {
+                    self.stable.insert(place, fingerprint);
+                    self.stable.add_sharer(place);
+                    filled.push(place);
+                } else {
+                    self.stable.abandon(place);
+                }
+            }
+            report("fill places anew", id, copied);
+        }
+        filled
+    }
+
+    /// Whether a page's place is empty, and its stable page lies at the place of another block. Whoever
+    /// shares that can come along, so that the content moves. One that lies elsewhere would be there twice.
+    pub(crate) fn can_move(&self, page: u32, pool_page: PoolPage, place: PoolPage) -> bool {
+        self.stable.is_empty(place) && self.stable.layouts.guest_page(pool_page) == Some(page)
     }
 
     /// Whether a pair's partner holds what was copied. Of what it held when it was last read only 16

@@ -31,6 +31,8 @@ pub(crate) struct Attached<B> {
     pub(crate) due_pages: u32,
     /// For a watched region: when its dirty pages are asked for.
     pub(crate) looks: Looks,
+    /// Where the next look for a block begins that is to be built anew.
+    pub(crate) heal_from: u32,
 }
 
 impl<B> Attached<B> {
@@ -121,6 +123,7 @@ impl<B: Backing> Scanner<B> {
                 watch,
                 due_pages: region.backing().pages(),
                 looks: Looks::default(),
+                heal_from: 0,
             }
         });
     }

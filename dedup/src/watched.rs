@@ -50,6 +50,7 @@ impl<B: Backing> Scanner<B> {
         });
         let (dirty_pages, other_pages) = watch.count();
         attached.due_pages = dirty_pages / DIRTY_PER_READ + other_pages;
+        self.heal_next(inside);
     }
 
     /// Has a page that was just written to tried once it is calm, by its back-off.

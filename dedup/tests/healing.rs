@@ -25,13 +25,21 @@ fn merged() -> (Engine, [RegionHandle; 2]) {
         (0..PAGES).for_each(|page| write_page(handle.mapping(), page, shuffled(region, page)));
         handle
     });
-    wait_for_passes(&engine);
-    assert_eq!(engine.stats().pages_sharing, PAGES as u64);
+    wait_for_sharing(&engine);
     assert!(
         vmas(regions[1].mapping()).max(vmas(regions[0].mapping())) > PAGES / 2,
         "every page elsewhere"
     );
     (engine, regions)
+}
+
+/// Waits until each page of one region is shared with one of the other.
+fn wait_for_sharing(engine: &Engine) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while engine.stats().pages_sharing != PAGES as u64 {
+        let stats = engine.stats();
+        assert!(engine.wait_full_scans(1, deadline), "{stats:?}");
+    }
 }
 
 fn wait_for_passes(engine: &Engine) {
@@ -53,8 +61,7 @@ fn an_unmerge_gives_the_mappings_back() {
     }
     // Healed memory is memory like any other: it merges again.
     engine.set_run(Run::Merge).expect("merging starts");
-    wait_for_passes(&engine);
-    assert_eq!(engine.stats().pages_sharing, PAGES as u64);
+    wait_for_sharing(&engine);
     for (index, region) in regions.iter().enumerate() {
         (0..PAGES).for_each(|page| assert_holds(region.mapping(), page, shuffled(index, page)));
     }

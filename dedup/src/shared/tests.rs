@@ -192,7 +192,20 @@ impl World {
     }
 
     fn pass(&self) {
-        while self.shared.has_regions() && self.shared.batch(u32::MAX).passes == 0 {}
+        self.changes_of_pass();
+    }
+
+    /// One pass. Returns how many pages' states it changed.
+    fn changes_of_pass(&self) -> u64 {
+        let mut changes = 0;
+        while self.shared.has_regions() {
+            let batch = self.shared.batch(u32::MAX);
+            changes += batch.changes;
+            if batch.passes > 0 {
+                break;
+            }
+        }
+        changes
     }
 
     fn set_run(&self, run: Run) {
@@ -374,12 +387,17 @@ impl World {
     }
 
     /// After a few passes without writes all counters are those of a recount by content. Two are
-    /// enough as a rule; a partner lost to a race or a failure costs another. Somebody waits for
-    /// them, so no page is put off.
+    /// enough as a rule; a partner lost to a race or a failure costs another, as does each block that
+    /// is built anew. Somebody waits for them, so no page is put off.
     fn check_settled(&self) {
         sync::lock(&self.shared.control).waiters += 1;
-        for _ in 0..8 {
-            self.pass();
+        let mut quiet_passes = 0;
+        for _ in 0..40 {
+            let is_quiet = self.changes_of_pass() == 0;
+            quiet_passes = if is_quiet { quiet_passes + 1 } else { 0 };
+            if quiet_passes == 4 {
+                break;
+            }
         }
         sync::lock(&self.shared.control).waiters -= 1;
         self.check_recount();
@@ -389,10 +407,10 @@ impl World {
     fn check_settled_in_time(&self) {
         let mut calm_passes = 0;
         for _ in 0..1200 {
-            self.pass();
+            let is_quiet = self.changes_of_pass() == 0;
             let is_calm = self.shared.stats().pages_volatile == 0 && !self.is_to_map();
             calm_passes = if is_calm { calm_passes + 1 } else { 0 };
-            if calm_passes == 8 {
+            if calm_passes >= 40 || (calm_passes >= 8 && is_quiet) {
                 break;
             }
         }
