@@ -13,6 +13,7 @@
 use std::io;
 
 use crate::backing::Backing;
+use crate::backing::linux::Urgent;
 use crate::budget::bytes_of;
 use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
@@ -86,6 +87,8 @@ impl<B: Backing> Scanner<B> {
         if at_place.count() < places_min as usize {
             return Ok(false);
         }
+        // Its mapping calls hold the lock that page faults of all guests need: not while it is off its CPU.
+        let _urgent = Urgent::begin();
         let staging = self.build(inside, &block, first, &sources)?;
         let mut protected = Protected::new(inside, block.clone())?;
         if protected.any_pinned() {
