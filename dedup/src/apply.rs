@@ -179,10 +179,15 @@ impl<B: Backing> Scanner<B> {
         let range = span(run);
         let added = self.items(id).vmas_added_by_remap(&range);
         if !self.takes_vmas(added, run_len(run)) {
-            self.leave_out(id, run);
+            // What the kernel refuses just now is tried in the next pass.
+            if !self.vmas.are_refused() {
+                self.leave_out(id, run);
+            }
             return Ok(());
         }
-        protected.map(&self.pool, &range, first)?;
+        let mapped = protected.map(&self.pool, &range, first);
+        self.vmas.note_tried(added, &mapped);
+        mapped?;
         self.remap(id, &range, Some(first));
         self.note_merged(id, run);
         Ok(())

@@ -15,6 +15,7 @@ use std::io;
 use crate::backing::Backing;
 use crate::backing::linux::Urgent;
 use crate::budget::bytes_of;
+use crate::complaints::complain;
 use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
 use crate::items::Items;
@@ -89,7 +90,10 @@ impl<B: Backing> Scanner<B> {
         }
         // Its mapping calls hold the lock that page faults of all guests need: not while it is off its CPU.
         let _urgent = Urgent::begin();
-        let staging = self.build(inside, &block, first, &sources)?;
+        let staged = inside.backing().stage(&self.pool, block.clone(), first);
+        self.vmas.note_tried(added, &staged);
+        let staging = staged?;
+        self.build(inside, &staging, block.start, &sources)?;
         let mut protected = Protected::new(inside, block.clone())?;
         if protected.any_pinned() {
             return Ok(false);
@@ -98,7 +102,9 @@ impl<B: Backing> Scanner<B> {
         if !is_corrected || inside.is_exiting() {
             return Ok(false);
         }
-        protected.replace(staging)?;
+        let replaced = protected.replace(staging);
+        self.vmas.note_tried(added, &replaced);
+        replaced?;
         self.note_based(inside, &block, first, &sources);
         Ok(true)
     }
@@ -137,19 +143,16 @@ impl<B: Backing> Scanner<B> {
     fn build(
         &self,
         inside: &Entered<'_, B>,
-        block: &PageRange,
-        first: Option<PoolPage>,
+        staging: &B::Staging,
+        mut next: u32,
         sources: &[Source],
-    ) -> io::Result<B::Staging> {
-        let backing = inside.backing();
-        let staging = backing.stage(&self.pool, block.clone(), first)?;
-        let mut next = block.start;
+    ) -> io::Result<()> {
         for run in runs(sources, usize::MAX, |a, b| a == b) {
             let pages = next..next + u32::try_from(run.len()).unwrap_or(0);
             next = pages.end;
-            self.stage(inside, &staging, pages, run[0])?;
+            self.stage(inside, staging, pages, run[0])?;
         }
-        Ok(staging)
+        Ok(())
     }
 
     /// Compares a protected block with what was built, and corrects what changed meanwhile. False if
@@ -319,7 +322,10 @@ impl<B: Backing> Scanner<B> {
         if let Err(error) = self.base(inside, page, first, 0) {
             // It costs VMAs and nothing else.
             let id = inside.region.id().0;
-            log::warn!("cannot heal the block of page {page} of region {id}: {error}");
+            complain!(
+                Warn,
+                "cannot heal the block of page {page} of region {id}: {error}"
+            );
         }
     }
 

@@ -20,10 +20,8 @@ use crate::scanner::Scanner;
 use crate::shared::{ExitPath, Shared};
 use crate::stats::{RegionStats, Stats};
 use crate::sync;
+use crate::vmas::{VmaAccount, Vmas, process_limit};
 use crate::worker::Worker;
-
-/// VMAs that a process may have where the kernel does not say (`DEFAULT_MAX_MAP_COUNT`).
-const MAX_MAP_COUNT_DEFAULT: u32 = 65530;
 
 /// How an engine starts out.
 #[derive(Clone, Debug, Default)]
@@ -32,7 +30,8 @@ pub struct Settings {
     pub run: Run,
     /// How fast.
     pub pace: Pace,
-    /// VMAs that all regions together may take; `None` for seven eighths of `vm.max_map_count`.
+    /// VMAs that all regions together may take; `None` for seven eighths of `vm.max_map_count`, which
+    /// all engines of the process share in any case.
     pub vma_budget: Option<u32>,
     /// Of a huge page's 512 pages, how many must be worth merging before it is split for them;
     /// `None` for half of it. 1 splits for any page, as kernel KSM does; 513 never.
@@ -98,10 +97,11 @@ impl Engine {
     pub fn new(settings: &Settings) -> Result<Engine, EngineError> {
         let userfaultfd = Arc::new(Userfaultfd::open().map_err(EngineError::Userfaultfd)?);
         let pool = LinuxPool::new().map_err(EngineError::Pool)?;
-        let vma_budget = settings.vma_budget.unwrap_or_else(default_vma_budget);
+        let vma_budget = settings.vma_budget.unwrap_or_else(process_limit);
         let control = Control::new(settings.run, settings.pace);
         let memory = Arc::new(ProcessMemory::open(&pool).map_err(EngineError::Pool)?);
         let mut scanner = Scanner::new(pool, vma_budget);
+        scanner.vmas = Vmas::new(vma_budget, VmaAccount::of_process());
         if let Some(pages) = settings.huge_page_shared_pages_min {
             scanner.huge_page_shared_pages_min = pages;
         }
@@ -335,14 +335,6 @@ impl Drop for RegionHandle {
     fn drop(&mut self) {
         self.shared.exit(&self.region);
     }
-}
-
-fn default_vma_budget() -> u32 {
-    let max_map_count = std::fs::read_to_string("/proc/sys/vm/max_map_count")
-        .ok()
-        .and_then(|text| text.trim().parse::<u32>().ok())
-        .unwrap_or(MAX_MAP_COUNT_DEFAULT);
-    max_map_count - max_map_count / 8
 }
 
 #[cfg(test)]

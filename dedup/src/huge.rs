@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use crate::backing::Backing;
+use crate::complaints::complain;
 use crate::item::PageState;
 use crate::layouts::block_of;
 use crate::page::HUGE_PAGE_PAGES;
@@ -69,7 +70,7 @@ impl<B: Backing> Scanner<B> {
         let has = inside.backing().has_huge_page(block);
         has.unwrap_or_else(|error| {
             let id = inside.region.id().0;
-            log::warn!("cannot look for huge pages in region {id}: {error}");
+            complain!(Warn, "cannot look for huge pages in region {id}: {error}");
             false
         })
     }

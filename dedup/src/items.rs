@@ -224,6 +224,13 @@ impl Items {
             })
     }
 
+    /// Pages that were left out for want of VMAs.
+    pub(crate) fn left_out(&self) -> impl Iterator<Item = u32> {
+        let is_left_out = |item: Item| matches!(item.state(), PageState::LeftOut { .. });
+        self.known_pages()
+            .filter_map(move |(page, item)| is_left_out(item).then_some(page))
+    }
+
     /// Pages of the pool that pages are mapped to, written over or not.
     pub(crate) fn all_under(&self) -> impl Iterator<Item = PoolPage> {
         self.known_pages()

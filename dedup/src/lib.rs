@@ -59,6 +59,8 @@
 //! | `backing` | the kernel behind a trait, and its model for tests | system calls |
 //! | `mapping` | reserved ranges | system calls |
 //! | [`host`] | what the kernel offers, asked before there is an engine | system calls |
+//! | `vmas` | mappings of a domain, and of the process | pure |
+//! | `complaints` | warnings, said now and then | thin |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
 //! | `fault` | faults on demand, for tests | thin |
@@ -91,6 +93,7 @@ mod backing;
 mod backoff;
 mod base;
 mod budget;
+mod complaints;
 mod control;
 mod dirty;
 mod engine;
@@ -131,6 +134,7 @@ mod sync;
 mod unmerge;
 mod unstable;
 mod visit;
+mod vmas;
 mod watched;
 mod work;
 mod worker;

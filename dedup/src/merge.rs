@@ -8,6 +8,7 @@ use std::io;
 
 use crate::apply::{Candidate, Target};
 use crate::backing::Backing;
+use crate::complaints::complain;
 use crate::fingerprint::Fingerprint;
 use crate::item::PageState;
 use crate::layouts::place_in;
@@ -146,6 +147,6 @@ pub(crate) fn run_len<T>(run: &[T]) -> u32 {
 /// A merge that failed costs its saving and nothing else; the pages are tried again next pass.
 pub(crate) fn report(what: &str, id: RegionId, done: io::Result<()>) {
     if let Err(error) = done {
-        log::warn!("cannot {what} in region {}: {error}", id.0);
+        complain!(Warn, "cannot {what} in region {}: {error}", id.0);
     }
 }

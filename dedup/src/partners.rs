@@ -278,9 +278,9 @@ impl<B: Backing> Scanner<B> {
         let (page, fingerprint) = (calm.page, calm.fingerprint);
         let stable = self.stable.find(fingerprint);
         let is_left_out = matches!(self.items(id).state(page), PageState::LeftOut { .. });
-        if is_left_out {
+        if is_left_out && !self.vmas.have_plenty() {
             // It was tried, and costs more than it saves as long as it stays as it is.
-        } else if !calm.may_map {
+        } else if !calm.may_map || self.vmas.are_refused() {
             let has_equal = stable.is_some()
                 || plan.founding.contains(&fingerprint)
                 || self.unstable.another(fingerprint, (id, page)).is_some();

@@ -8,6 +8,7 @@ use std::time::Instant;
 use crate::backing::linux::pagemap::Pagemap;
 use crate::backing::linux::{LinuxPool, allocated_pages};
 use crate::budget::{Headroom, MemoryGauge};
+use crate::complaints::complain;
 use crate::mapping::Mapping;
 use crate::page::PAGE_SIZE_BYTES;
 
@@ -103,7 +104,7 @@ impl MemoryGauge for ProcessMemory {
                 as_of,
             }),
             Err(error) => {
-                log::warn!("cannot tell how much memory is in use: {error}");
+                complain!(Warn, "cannot tell how much memory is in use: {error}");
                 None
             }
         }

@@ -1,6 +1,7 @@
 //! Pool pages that nobody shares go back to the kernel.
 
 use crate::backing::{Backing, Pool};
+use crate::complaints::complain;
 use crate::keyed::RegionMap;
 use crate::page::PoolPage;
 use crate::scanner::{Attached, Scanner};
@@ -47,7 +48,7 @@ impl<B: Backing> Scanner<B> {
         let allocated_pages = match self.pool.allocated_pages() {
             Ok(allocated_pages) => allocated_pages,
             Err(error) => {
-                log::warn!("cannot tell how many pages the pool holds: {error}");
+                complain!(Warn, "cannot tell how many pages the pool holds: {error}");
                 return;
             }
         };
@@ -69,7 +70,10 @@ impl<B: Backing> Scanner<B> {
             if let Err(error) = self.pool.punch(first, pages) {
                 // The pages stay allocated until a sweep: memory lost, nothing wrong.
                 let first = first.0;
-                log::warn!("cannot punch {pages} pages out of the pool at {first}: {error}");
+                complain!(
+                    Warn,
+                    "cannot punch {pages} pages out of the pool at {first}: {error}"
+                );
             }
         }
     }

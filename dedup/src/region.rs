@@ -1,10 +1,13 @@
 //! A region: memory that is registered for merging, its lock, and its `exiting` flag.
 
+use std::sync::OnceLock;
+
 use crate::dirty::DirtySource;
 use crate::mutant::{self, Mutant};
 use crate::pins::Pins;
 use crate::stats::RegionStats;
 use crate::sync::{self, AtomicBool, Mutex, Ordering, RwLock, RwLockReadGuard};
+use crate::vmas::VmaLease;
 
 /// Names a region for the life of its engine; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,6 +25,8 @@ pub(crate) struct Region<B> {
     /// Pages that are not to be replaced.
     pub(crate) pins: Pins,
     pub(crate) stats: Mutex<RegionStats>,
+    /// What its mappings count after it was detached. Dropped after the memory.
+    pub(crate) vmas: OnceLock<VmaLease>,
 }
 
 /// A region as its handle, its slot and the worker hold it.
@@ -44,6 +49,7 @@ impl<B> Region<B> {
             lock: RwLock::new(()),
             pins: Pins::new(),
             stats: Mutex::new(RegionStats::default()),
+            vmas: OnceLock::new(),
         }
     }
 

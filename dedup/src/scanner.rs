@@ -19,6 +19,7 @@ use crate::stable::StablePages;
 use crate::stats::{RegionStats, Stats, net_bytes};
 use crate::sync::{self, Arc};
 use crate::unstable::Unstable;
+use crate::vmas::{VmaAccount, Vmas};
 
 /// A region that the worker has met, with what it knows of its pages.
 #[derive(Debug)]
@@ -59,8 +60,7 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) stable: StablePages,
     pub(crate) unstable: Unstable,
     pub(crate) attached: RegionMap<Attached<B>>,
-    vmas: u64,
-    vma_budget: u64,
+    pub(crate) vmas: Vmas,
     pub(crate) pages_scanned: u64,
     pub(crate) pages_skipped: u64,
     pub(crate) intervals: Intervals,
@@ -84,6 +84,7 @@ pub(crate) struct Scanner<B: Backing> {
 }
 
 impl<B: Backing> Scanner<B> {
+    /// With so many mappings, which it shares with nobody.
     pub(crate) fn new(pool: B::Pool, vma_budget: u32) -> Scanner<B> {
         Scanner {
             pool,
@@ -91,8 +92,7 @@ impl<B: Backing> Scanner<B> {
             stable: StablePages::default(),
             unstable: Unstable::default(),
             attached: RegionMap::default(),
-            vmas: 0,
-            vma_budget: u64::from(vma_budget),
+            vmas: Vmas::new(vma_budget, VmaAccount::new(u64::from(vma_budget))),
             pages_scanned: 0,
             pages_skipped: 0,
             intervals: Intervals::new(INTERVAL, Instant::now()),
@@ -113,7 +113,7 @@ impl<B: Backing> Scanner<B> {
         let vmas = &mut self.vmas;
         self.attached.entry(region.id()).or_insert_with(|| {
             let items = Items::new(region.backing().pages());
-            *vmas += u64::from(items.vmas());
+            vmas.change(0, items.vmas());
             let watch = region
                 .source()
                 .map(|_| Watch::new(region.backing().pages()));
@@ -139,7 +139,9 @@ impl<B: Backing> Scanner<B> {
         for pool_page in attached.items.all_under() {
             self.stable.layouts.unmap(pool_page);
         }
-        self.vmas -= u64::from(attached.items.vmas());
+        let lease = self.vmas.detach(attached.items.vmas());
+        // A region is detached once.
+        let _ = attached.region.vmas.set(lease);
         self.reclaim();
         self.reclaim_kept(usize::MAX);
     }
@@ -219,22 +221,14 @@ impl<B: Backing> Scanner<B> {
             attached.is_some_and(|attached| attached.is_alone(page, checksum))
         });
         self.full_scans += 1;
+        self.vmas.end_pass();
         self.intervals.end_pass(Instant::now());
         self.sweep_pool();
     }
 
-    /// Whether the VMA budget allows `added` more VMAs for the sake of `pages` pages. The fuller
-    /// the budget, the longer a run must be: the cheapest savings are left out first.
+    /// Whether there may be `added` more VMAs for the sake of `pages` pages.
     pub(crate) fn takes_vmas(&self, added: i64, pages: u32) -> bool {
-        let wanted = self.vmas.saturating_add_signed(added);
-        let percent = wanted.saturating_mul(100) / self.vma_budget.max(1);
-        let run_pages_min = match percent {
-            0..75 => 1,
-            75..90 => 2,
-            90..97 => 8,
-            _ => 32,
-        };
-        added <= 0 || (wanted <= self.vma_budget && pages >= run_pages_min)
+        self.vmas.allow(added, pages)
     }
 
     /// Records that `range` of a region is now one mapping of its own.
@@ -246,7 +240,7 @@ impl<B: Backing> Scanner<B> {
             .collect();
         items.remap(range, first);
         let after = items.vmas();
-        self.vmas = self.vmas + u64::from(after) - u64::from(before);
+        self.vmas.change(before, after);
         // Before the others go: a block of places must not go in between.
         if let Some(first) = first {
             let places = (0..range_pages(range)).map(|page| first.plus(page));
@@ -291,8 +285,8 @@ impl<B: Backing> Scanner<B> {
             pages_scanned: self.pages_scanned,
             pages_skipped: self.pages_skipped,
             full_scans: self.full_scans,
-            vmas: self.vmas,
-            vma_budget: self.vma_budget,
+            vmas: self.vmas.used(),
+            vma_budget: self.vmas.budget(),
             ..Stats::default()
         };
         let mut metadata_bytes = self.stable.metadata_bytes() + self.unstable.metadata_bytes();
@@ -310,7 +304,7 @@ impl<B: Backing> Scanner<B> {
         stats.pool_bytes = self.stable.pool_pages() * pages_to_bytes(1) as u64;
         let saved = i64::try_from(stats.pages_sharing + stats.pages_zero).unwrap_or(i64::MAX)
             - i64::try_from(self.stable.kept_pages()).unwrap_or(0);
-        let extra_vmas = self.vmas - self.attached.len() as u64;
+        let extra_vmas = self.vmas.used() - self.attached.len() as u64;
         stats.saved_bytes = net_bytes(saved, extra_vmas, metadata_bytes);
         stats
     }

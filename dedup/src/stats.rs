@@ -29,7 +29,8 @@ pub struct Stats {
     pub pages_skipped: u64,
     /// Times that every registered region was scanned; 0 again after an unmerge.
     pub full_scans: u64,
-    /// Calm pages that are equal to others and were not merged for want of VMAs.
+    /// Calm pages that are equal to others and were not merged for want of VMAs. Each is tried again
+    /// once it has changed, or there are plenty of VMAs.
     pub pages_over_vma_budget: u64,
     /// System calls of the engine that took the lock on the process's address space for writing:
     /// mapping calls and registrations. Guests' page faults wait for those.

@@ -4,6 +4,7 @@ use std::io;
 
 use crate::backing::{Backing, Residency};
 use crate::backoff::{Interval, WORTH};
+use crate::complaints::complain;
 use crate::item::PageState;
 use crate::page::{PageRange, runs};
 use crate::region::{Entered, RegionId};
@@ -26,6 +27,7 @@ impl<B: Backing> Scanner<B> {
         let interval = intervals.current();
         let map_after = self.map_after;
         let pass = u32::try_from(self.full_scans & u64::from(u32::MAX)).unwrap_or(0);
+        let has_vmas = self.vmas.have_plenty();
         let Some(attached) = self.attached.get_mut(&inside.region.id()) else {
             return;
         };
@@ -41,10 +43,14 @@ impl<B: Backing> Scanner<B> {
         attached.items.now = interval;
         attached.items.worth = WORTH;
         watch.release_to_map(&attached.items, if hurried { 0 } else { map_after });
+        if has_vmas && attached.items.counts().left_out_pages > 0 {
+            let left_out = attached.items.left_out();
+            left_out.for_each(|page| watch.pending.insert(page));
+        }
         watch.look(&attached.items, hurried, |dirty, ignored| {
             if let Err(error) = source.collect(dirty, ignored) {
                 let id = inside.region.id().0;
-                log::warn!("cannot tell the dirty pages of region {id}: {error}");
+                complain!(Warn, "cannot tell the dirty pages of region {id}: {error}");
                 dirty.insert_all();
             }
         });
@@ -77,7 +83,7 @@ impl<B: Backing> Scanner<B> {
             let items = &attached.items;
             let calm = items.backoff(page).elapsed(items.now);
             let is_calm = self.hurried || attached.watch.is_none() || calm >= self.map_after;
-            is_calm && matches!(items.state(page), PageState::Unshared { .. })
+            is_calm && items.state(page).calm_checksum().is_some()
         })
     }
 

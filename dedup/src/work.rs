@@ -6,6 +6,7 @@ use std::sync::Arc as StdArc;
 
 use crate::backing::Backing;
 use crate::budget::Budget;
+use crate::complaints::complain;
 use crate::page::{HUGE_PAGE_PAGES, PageRange, range_pages};
 use crate::region::{Entered, Region, RegionId};
 use crate::scanner::Scanner;
@@ -108,7 +109,7 @@ impl<B: Backing + std::fmt::Debug> Work for Scanner<B> {
         let end = window.end;
         let full_pages = range_pages(&window);
         let visited = self.scan_window(inside, window).unwrap_or_else(|error| {
-            log::warn!("cannot scan region {}: {error}", id.0);
+            complain!(Warn, "cannot scan region {}: {error}", id.0);
             full_pages
         });
         Visited {

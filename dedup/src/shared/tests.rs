@@ -548,6 +548,7 @@ proptest! {
 
 mod basing;
 mod failing;
+mod mappings;
 mod orders;
 mod pinning;
 mod scenarios;

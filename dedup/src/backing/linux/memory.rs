@@ -11,6 +11,7 @@ use super::replace::replace;
 use super::staging::Staging;
 use super::{LinuxPool, Userfaultfd, check, check_mapped};
 use crate::backing::{Backing, Residency};
+use crate::complaints::complain;
 use crate::fault::may_fail;
 use crate::mapping::Mapping;
 use crate::page::{PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
@@ -105,7 +106,7 @@ impl LinuxMemory {
         }
         let (start, len_bytes) = self.span(range);
         if let Err(error) = self.userfaultfd.wake(start, len_bytes) {
-            log::error!("cannot wake writers of pages {range:?}: {error}");
+            complain!(Error, "cannot wake writers of pages {range:?}: {error}");
         }
     }
 
@@ -187,7 +188,10 @@ impl Backing for LinuxMemory {
 
     fn release(&self, range: PageRange, remapped: bool) {
         if let Err(error) = self.release_at_once(&range, remapped) {
-            log::error!("cannot release pages {range:?}, going page by page: {error}");
+            complain!(
+                Error,
+                "cannot release pages {range:?}, going page by page: {error}"
+            );
             self.release_each(&range);
         }
     }

@@ -16,14 +16,13 @@
 
 use std::io;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Userfaultfd, check, check_mapped};
+use crate::complaints::complain;
 
 /// Time between two tries.
 const RETRY: Duration = Duration::from_millis(1);
-/// Time between two words about it.
-const SILENCE: Duration = Duration::from_secs(5);
 
 /// Calls `put`, which puts a mapping over the range. An error leaves the range as it was: if a call
 /// that failed has left nothing there, it is made again until it succeeds. If somebody else's mapping
@@ -52,11 +51,13 @@ pub(super) unsafe fn replace(
     if unsafe { is_mapped(start, len_bytes) } {
         return Err(error);
     }
-    let mut complaint = Complaint::default();
     loop {
         // SAFETY: as for this call.
         let plugged = unsafe { plug(start, len_bytes, userfaultfd) };
-        complaint.say("no memory to map a part of a guest's again", &error);
+        complain!(
+            Error,
+            "no memory to map a part of a guest's again: {error}; trying again until it works"
+        );
         // A hole that is open is filled first.
         if plugged.is_ok() {
             thread::sleep(RETRY);
@@ -65,21 +66,6 @@ pub(super) unsafe fn replace(
         }
         if put().is_ok() {
             return Ok(());
-        }
-    }
-}
-
-/// What is said now and then while a call is made again and again.
-#[derive(Default)]
-struct Complaint {
-    said: Option<Instant>,
-}
-
-impl Complaint {
-    fn say(&mut self, problem: &str, error: &io::Error) {
-        if self.said.is_none_or(|at| at.elapsed() >= SILENCE) {
-            log::error!("{problem}: {error}; trying again until it works");
-            self.said = Some(Instant::now());
         }
     }
 }
