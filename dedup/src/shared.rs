@@ -262,9 +262,20 @@ impl<W: Work> Shared<W> {
                 continue;
             };
             // A slot without items stays without: a fast exit remains possible.
-            if scanner.is_attached(id)
-                && let Err(error) = scanner.unmerge(&inside)
-            {
+            let unmerged = match scanner.is_attached(id) {
+                true => scanner.unmerge(&inside),
+                false => Ok(()),
+            };
+            let is_exiting = inside.is_exiting();
+            drop(inside);
+            if is_exiting {
+                // Ended early, perhaps: what is left is its exit's, and must not count any more.
+                scanner.detach(id);
+                let slot = sync::lock(&self.ring).unlink(id);
+                drop(slot);
+                continue;
+            }
+            if let Err(error) = unmerged {
                 failed = Some(error);
                 break;
             }

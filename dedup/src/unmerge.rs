@@ -23,6 +23,13 @@ impl<B: Backing> Scanner<B> {
     /// # Errors
     /// When a copy can't be had. Pages not unmerged by then stay merged and accounted for.
     pub(crate) fn unmerge_region(&mut self, inside: &Entered<'_, B>) -> io::Result<()> {
+        let unmerged = self.unmerge_blocks(inside);
+        // Also what was unmerged before it failed.
+        self.publish_region(inside.region);
+        unmerged
+    }
+
+    fn unmerge_blocks(&mut self, inside: &Entered<'_, B>) -> io::Result<()> {
         let id = inside.region.id();
         let pages = inside.backing().pages();
         for start in (0..pages).step_by(HUGE_PAGE_PAGES as usize) {
@@ -39,8 +46,9 @@ impl<B: Backing> Scanner<B> {
             self.give_mappings_back(inside, &block);
             // Those that are left would keep pages of the pool.
             self.unshare_all(inside, &block, Items::may_show_zeros)?;
+            // Else the pool stays beside all copies, until the last region is done.
+            self.reclaim();
         }
-        self.publish_region(inside.region);
         Ok(())
     }
 

@@ -552,3 +552,4 @@ mod mappings;
 mod orders;
 mod pinning;
 mod scenarios;
+mod unmerging;
