@@ -17,6 +17,13 @@
 //!   even if the worker is stopped, starving, or in the middle of that region.
 //! - Regions of one [`Engine`] share with each other and with nobody else.
 //!
+//! # What is not promised
+//! - A child process has nothing of a region (`MADV_DONTFORK`): whoever touches it there gets `SIGSEGV`.
+//! - The owner changes neither mappings nor protection of a region, nor drops its pages: `mprotect` and
+//!   `mremap` are undone by the next merge or make it fail, and `MADV_DONTNEED` shows what the pool
+//!   holds there, be it another region's.
+//! - I/O that uses a page's frame may be lost, unless the page is pinned ([`RegionAccess::pin`]).
+//!
 //! # Vocabulary
 //! KSM's: a *slot* is a region's place in the *scan ring*; the *cursor* walks it. A page's *item*
 //! is what is known of it. A calm page is *unstable* knowledge until a partner is found; then its

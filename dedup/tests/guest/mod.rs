@@ -91,3 +91,17 @@ pub fn smaps_bytes(mapping: &Mapping, field: &str) -> usize {
     }
     bytes
 }
+
+/// The flags of every VMA in a mapping, by `/proc/self/smaps`.
+pub fn flags(mapping: &Mapping) -> Vec<String> {
+    let smaps = fs::read_to_string("/proc/self/smaps").expect("smaps is there");
+    let (mut inside, mut flags) = (false, Vec::new());
+    for line in smaps.lines() {
+        if let Some(is_inside) = is_inside(mapping, line) {
+            inside = is_inside;
+        } else if let Some(found) = line.strip_prefix("VmFlags:").filter(|_| inside) {
+            flags.push(found.to_owned());
+        }
+    }
+    flags
+}

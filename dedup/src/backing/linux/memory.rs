@@ -31,12 +31,14 @@ impl LinuxMemory {
     pub(crate) fn new(mapping: Mapping, userfaultfd: Arc<Userfaultfd>) -> io::Result<LinuxMemory> {
         may_fail!("register");
         userfaultfd.register(mapping.as_ptr(), mapping.size_bytes())?;
-        Ok(LinuxMemory {
+        let memory = LinuxMemory {
             mapping,
             userfaultfd,
             pagemap: Pagemap::open()?,
             takes_many: AtomicBool::new(true),
-        })
+        };
+        memory.keep_from_children(&(0..memory.mapping.pages()))?;
+        Ok(memory)
     }
 
     pub(crate) fn mapping(&self) -> &Mapping {
@@ -80,8 +82,15 @@ impl LinuxMemory {
         // - `span` checked that the range lies inside the reserved range, which is ours alone.
         // - The advice given here drops pages that hold zeros or belong to no guest any more
         //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is
-        //   (`MADV_POPULATE_WRITE`, `MADV_COLD`).
+        //   (`MADV_POPULATE_WRITE`, `MADV_COLD`, `MADV_DONTFORK`).
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
+    }
+
+    /// Leaves a range out of child processes: after a fork each page that is written to would be copied.
+    /// What is mapped anew has to be told again.
+    fn keep_from_children(&self, range: &PageRange) -> io::Result<()> {
+        self.userfaultfd.note_mapping_call();
+        self.advise(range, libc::MADV_DONTFORK)
     }
 
     fn release_at_once(&self, range: &PageRange, remapped: bool) -> io::Result<()> {
@@ -193,6 +202,10 @@ impl Backing for LinuxMemory {
                 "cannot release pages {range:?}, going page by page: {error}"
             );
             self.release_each(&range);
+        }
+        // Writers do not wait for this.
+        if remapped && let Err(error) = self.keep_from_children(&range) {
+            complain!(Warn, "a fork would copy pages {range:?}: {error}");
         }
     }
 
