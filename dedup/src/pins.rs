@@ -24,6 +24,7 @@ use crate::mutant::{self, Mutant};
 use crate::page::PageRange;
 use crate::region::RegionRef;
 use crate::sync::{self, Condvar, Mutex};
+use crate::unmerge::UNSHARE_PAGES;
 
 /// Why pages were not pinned or discarded.
 #[derive(Debug, Error)]
@@ -62,6 +63,10 @@ struct State {
     pinned: Vec<PageRange>,
     /// At most one, because only the holder of the worker mutex replaces pages.
     replacing: Option<PageRange>,
+    /// Ranges named so far: who waits for one does not wait for the next, which knows of its pin.
+    replacements: u64,
+    /// Pins that wait.
+    waiting: u32,
 }
 
 /// The pins of one region.
@@ -95,6 +100,8 @@ impl Pins {
         let state = State {
             pinned: Vec::new(),
             replacing: None,
+            replacements: 0,
+            waiting: 0,
         };
         Pins {
             state: Mutex::new(state),
@@ -106,10 +113,15 @@ impl Pins {
     pub(crate) fn add(&self, pages: &PageRange) {
         let mut state = sync::lock(&self.state);
         state.pinned.push(pages.clone());
-        let is_replacing =
-            |state: &State| matches!(&state.replacing, Some(range) if overlap(range, pages));
+        let in_hand = state.replacements;
+        let is_replacing = |state: &State| {
+            let range = state.replacing.as_ref();
+            state.replacements == in_hand && range.is_some_and(|range| overlap(range, pages))
+        };
         while is_replacing(&state) && !mutant::is(Mutant::PinUnwaited) {
+            state.waiting += 1;
             state = sync::wait(&self.ended, state);
+            state.waiting -= 1;
         }
     }
 
@@ -131,6 +143,7 @@ impl Pins {
     pub(crate) fn begin_replacing(&self, range: &PageRange) -> Replacing<'_> {
         let mut state = sync::lock(&self.state);
         state.replacing = Some(range.clone());
+        state.replacements += 1;
         let pinned = state.pinned.iter();
         let pinned = pinned.filter(|pages| overlap(pages, range)).cloned();
         Replacing {
@@ -154,8 +167,11 @@ impl Replacing<'_> {
 
 impl Drop for Replacing<'_> {
     fn drop(&mut self) {
-        sync::lock(&self.pins.state).replacing = None;
-        self.pins.ended.notify_all();
+        let mut state = sync::lock(&self.pins.state);
+        state.replacing = None;
+        if state.waiting > 0 {
+            self.pins.ended.notify_all();
+        }
     }
 }
 
@@ -163,14 +179,20 @@ impl<B: Backing> Pin<B> {
     pub(crate) fn new(region: &RegionRef<B>, pages: PageRange) -> Result<Pin<B>, AccessError> {
         AccessError::check(&pages, region.backing().pages())?;
         let inside = region.enter().ok_or(AccessError::Exiting)?;
-        region.pins.add(&pages);
+        if !pages.is_empty() {
+            region.pins.add(&pages);
+        }
         // Made before the pages are touched: its drop takes the pin back if that fails.
         let pin = Pin {
             region: RegionRef::clone(region),
             pages,
         };
-        if !pin.pages.is_empty() {
-            inside.backing().unshare(pin.pages.clone())?;
+        for start in pin.pages.clone().step_by(UNSHARE_PAGES as usize) {
+            if inside.is_exiting() {
+                return Err(AccessError::Exiting);
+            }
+            let end = pin.pages.end.min(start.saturating_add(UNSHARE_PAGES));
+            inside.backing().unshare(start..end)?;
         }
         Ok(pin)
     }
@@ -210,6 +232,29 @@ mod tests {
         assert!(pins.begin_replacing(&(5..6)).is_pinned(5));
         pins.remove(&(4..6));
         assert!(!pins.has_any(&(5..6)));
+    }
+
+    #[test]
+    fn a_pin_waits_for_one_replacement_and_not_for_those_that_know_of_it() {
+        let pins = Pins::new();
+        let replacing = pins.begin_replacing(&(0..10));
+        std::thread::scope(|scope| {
+            let pin = scope.spawn(|| pins.add(&(3..4)));
+            let deadline = Instant::now() + Duration::from_secs(120);
+            while sync::lock(&pins.state).waiting == 0 {
+                assert!(Instant::now() < deadline, "nobody waits");
+                std::thread::yield_now();
+            }
+            let mut state = sync::lock(&pins.state);
+            // The next range is named before the pin comes to look.
+            state.replacing = Some(0..10);
+            state.replacements += 1;
+            pins.ended.notify_all();
+            drop(state);
+            pin.join().expect("nobody panics");
+        });
+        drop(replacing);
+        assert_eq!(sync::lock(&pins.state).waiting, 0);
     }
 
     #[test]

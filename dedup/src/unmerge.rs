@@ -15,7 +15,7 @@ use crate::region::Entered;
 use crate::scanner::Scanner;
 
 /// Pages unshared between two looks at the exiting flag; each takes about 9 us.
-const UNSHARE_PAGES: u32 = 64;
+pub(crate) const UNSHARE_PAGES: u32 = 64;
 
 impl<B: Backing> Scanner<B> {
     /// Gives every merged page of a region its own copy. Ends early if the region is exiting.

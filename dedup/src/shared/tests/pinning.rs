@@ -1,7 +1,7 @@
 //! Pages that a device uses while the engine is at work on them.
 
 use super::*;
-use crate::pins::Pin;
+use crate::pins::{AccessError, Pin};
 
 impl World {
     /// A pass while a device uses pages, and then perhaps an unmerge. The device writes to the first
@@ -105,4 +105,28 @@ fn a_pin_that_found_no_memory_pins_nothing() {
     memory.fail(&[Call::Unshare], 0);
     Pin::new(region, 0..4).expect_err("no memory");
     assert!(!region.pins.has_any(&(0..PAGES)));
+}
+
+#[test]
+fn a_long_pin_lets_go_of_a_region_that_exits() {
+    // 512 pages and more.
+    let mut world = World::of_blocks(2);
+    let guest = world.guests.swap_remove(0);
+    let (region, pages) = (Arc::clone(&guest.region), page_at(world.pages() - 1) + 1);
+    world.pool.interrupt(Moment::Unshare, move || {
+        region.set_exiting();
+    });
+    let error = Pin::new(&guest.region, 0..pages).expect_err("it leaves");
+    assert!(matches!(error, AccessError::Exiting), "{error}");
+    assert!(!guest.region.pins.has_any(&(0..pages)));
+    assert_eq!(guest.memory.page(pages - 1), FakePage::Absent);
+}
+
+#[test]
+fn a_pin_of_no_pages_is_none() {
+    let world = World::new();
+    let region = &world.guests[0].region;
+    let pin = Pin::new(region, 5..5).expect("nothing to do");
+    assert!(!region.pins.has_any(&(0..PAGES)));
+    drop(pin);
 }
