@@ -273,7 +273,7 @@ impl<B: Backing> Scanner<B> {
         // The oldest of those that are nearly as good as the best: all of a domain's guests are to come
         // to the same, or each content would lie in several.
         let scored: Vec<(u32, PoolPage)> = (known.iter())
-            .map(|&first| (self.shareable_at(id, &block, first), first))
+            .map(|&first| (self.shareable_at(id, &block, first, true), first))
             .collect();
         let most = scored.iter().map(|&(pages, _)| pages).max().unwrap_or(0);
         let is_good = |&&(pages, _): &&(u32, PoolPage)| pages > 0 && pages >= most - most / 8;
@@ -283,8 +283,17 @@ impl<B: Backing> Scanner<B> {
         if !gives_back && !is_broken(vmas, lost_pages, self.heal_vmas_min) {
             return;
         }
+        let is_pinned = inside.region.pins.has_any(&block);
+        if is_pinned || inside.is_exiting() || !self.may_build() {
+            return;
+        }
         let filled = first.map_or_else(Vec::new, |first| self.refill(inside, &block, first));
-        self.rebuild(inside, page, first);
+        // There may have been no memory for some of the places.
+        let kept = first.map_or(0, |first| self.shareable_at(id, &block, first, false));
+        let lost_pages = shared_pages.saturating_sub(kept);
+        if gives_back || is_broken(vmas, lost_pages, self.heal_vmas_min) {
+            self.rebuild(inside, page, first);
+        }
         for place in filled {
             self.stable.drop_sharer(place);
         }
@@ -329,8 +338,15 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
-    /// Pages of a block whose stable page holds what their place holds, or could: the place is empty.
-    fn shareable_at(&self, id: RegionId, block: &PageRange, first: PoolPage) -> u32 {
+    /// Pages of a block whose stable page holds what their place holds. With `if_filled`, those too that
+    /// could: the place is empty.
+    fn shareable_at(
+        &self,
+        id: RegionId,
+        block: &PageRange,
+        first: PoolPage,
+        if_filled: bool,
+    ) -> u32 {
         let Some(attached) = self.attached.get(&id) else {
             return 0;
         };
@@ -338,7 +354,8 @@ impl<B: Backing> Scanner<B> {
             PageState::Stable(pool_page) => {
                 let place = place_in(first, page);
                 let held = self.stable.fingerprint(place);
-                self.can_move(page, pool_page, place) || self.stable.fingerprint(pool_page) == held
+                (if_filled && self.can_move(page, pool_page, place))
+                    || self.stable.fingerprint(pool_page) == held
             }
             _ => false,
         };
