@@ -103,9 +103,9 @@ impl<W: Work> Shared<W> {
         }
         scanner.attach(region);
         // Each batch says anew whether it hurries.
-        scanner.set_hurried(true);
+        scanner.set_hurried(true, false);
         let visited = scanner.visit(&inside, page);
-        scanner.set_hurried(false);
+        scanner.set_hurried(false, false);
         self.publish(&scanner);
         Ok(visited)
     }

@@ -66,6 +66,8 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) intervals: Intervals,
     /// Somebody waits for full scans: pages are not put off.
     pub(crate) hurried: bool,
+    /// Memory is short: each pass looks at what was written to.
+    pub(crate) is_short: bool,
     pub(crate) full_scans: u64,
     /// Shareable pages of a huge page from which on it is split.
     pub(crate) huge_page_shared_pages_min: u32,
@@ -97,6 +99,7 @@ impl<B: Backing> Scanner<B> {
             pages_skipped: 0,
             intervals: Intervals::new(INTERVAL, Instant::now()),
             hurried: false,
+            is_short: false,
             full_scans: 0,
             huge_page_shared_pages_min: HUGE_PAGE_SHARED_PAGES_MIN,
             heal_vmas_min: HEAL_VMAS_MIN,
@@ -156,7 +159,7 @@ impl<B: Backing> Scanner<B> {
     pub(crate) fn next_to_visit(&self, id: RegionId, page: u32) -> Option<u32> {
         let attached = self.attached.get(&id)?;
         match &attached.watch {
-            Some(watch) if attached.looks.is_due => watch.next_from(page),
+            Some(watch) if attached.looks.is_due || self.hurried => watch.next_from(page),
             Some(_) => None,
             None => Some(page),
         }

@@ -148,7 +148,10 @@ impl<W: Work> Shared<W> {
     pub(crate) fn batch(&self, pages: u32) -> Batch {
         let mut scanner = sync::lock(&self.scanner);
         // Lock order: worker mutex -> control.
-        scanner.set_hurried(sync::lock(&self.control).waiters > 0);
+        {
+            let control = sync::lock(&self.control);
+            scanner.set_hurried(control.waiters > 0, control.hurry);
+        }
         let mut batch = Batch::default();
         let mut left = i64::from(pages);
         while left > 0 && batch.passes == 0 && sync::lock(&self.control).run == Run::Merge {

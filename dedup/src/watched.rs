@@ -41,7 +41,7 @@ impl<B: Backing> Scanner<B> {
             attached.items.now = Interval(pass);
             return;
         };
-        attached.looks.begin(intervals, hurried);
+        attached.looks.begin(intervals, hurried || self.is_short);
         if !attached.looks.is_due {
             attached.due_pages = 0;
             return;

@@ -58,8 +58,8 @@ pub(crate) trait Work: std::fmt::Debug {
     /// When a copy can't be had. Pages not unmerged by then stay merged and accounted for.
     fn unmerge(&mut self, inside: &Entered<'_, Self::Memory>) -> io::Result<()>;
 
-    /// Told before a batch whether somebody waits for passes.
-    fn set_hurried(&mut self, hurried: bool);
+    /// Told before a batch whether somebody waits for passes, and whether memory is short.
+    fn set_hurried(&mut self, hurried: bool, is_short: bool);
 
     /// Pages that a pass has to visit, as far as it is known.
     fn due_pages(&self) -> u64;
@@ -122,8 +122,9 @@ impl<B: Backing + std::fmt::Debug> Work for Scanner<B> {
         self.unmerge_region(inside)
     }
 
-    fn set_hurried(&mut self, hurried: bool) {
+    fn set_hurried(&mut self, hurried: bool, is_short: bool) {
         self.hurried = hurried;
+        self.is_short = is_short;
     }
 
     fn due_pages(&self) -> u64 {

@@ -183,3 +183,21 @@ fn what_is_written_to_a_page_that_is_put_off_is_not_asked_for() {
     assert_eq!(shared.stats().pages_unshared, 1, "{:?}", shared.stats());
     assert!(!memory.is_ignored(1));
 }
+
+#[test]
+fn a_merge_now_goes_on_when_a_pass_came_by_meanwhile() {
+    const PAGES: u32 = 1024;
+    let pool = FakePool::default();
+    let mut scanner = Scanner::new(pool.clone(), 1000);
+    scanner.intervals = Intervals::new(Duration::from_secs(3600), Instant::now());
+    let shared = Shared::new(scanner, Control::new(Run::Merge, Pace::default()));
+    let memory = FakeMemory::new(PAGES, &pool);
+    let region = shared.register(memory.clone(), Some(memory.source()));
+    memory.write(PAGES - 1, 7);
+    let first = shared.turn(&region, 0).expect("the engine merges");
+    let next = first.next.expect("a window is left");
+    while shared.batch(u32::MAX).passes == 0 {}
+    let second = shared.turn(&region, next).expect("the engine merges");
+    assert_eq!(next, PAGES / 2);
+    assert!(second.pages > 0, "{second:?}");
+}

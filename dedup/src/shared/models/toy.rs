@@ -200,7 +200,7 @@ impl Work for Toy {
         Ok(())
     }
 
-    fn set_hurried(&mut self, hurried: bool) {
+    fn set_hurried(&mut self, hurried: bool, _is_short: bool) {
         self.hurried = hurried;
     }
 
