@@ -3,14 +3,22 @@
 
 #[expect(unsafe_code, reason = "the system calls that move pages")]
 pub(crate) mod linux;
+#[expect(
+    unsafe_code,
+    reason = "maps and unmaps memory, and reads what others write to"
+)]
+pub(crate) mod mapping;
+pub(crate) mod process_memory;
+#[expect(unsafe_code, reason = "loads from memory that others write to")]
+pub(crate) mod racing;
 
 #[cfg(all(test, not(loom)))]
 pub(crate) mod fake;
 
 use std::io;
 
-use crate::fingerprint::Fingerprint;
-use crate::page::{PageBuf, PageRange, PoolPage};
+use crate::base::page::{PageBuf, PageRange, PoolPage};
+use crate::index::fingerprint::Fingerprint;
 
 /// What lies behind a page right now. Pages that no [`PageRange`] names are absent: never touched,
 /// dropped, or shared and not touched since.

@@ -8,20 +8,20 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::backing::linux::{LinuxMemory, LinuxPool, Userfaultfd};
-use crate::budget::{MemoryGauge, UNMERGE_PATIENCE};
-use crate::control::{Control, Pace, Run};
-use crate::dirty::DirtySource;
-use crate::mapping::Mapping;
-use crate::merge_now::{MergeNowError, MergedNow};
-use crate::pins::{AccessError, Pin};
-use crate::process_memory::ProcessMemory;
-use crate::region::{RegionId, RegionRef};
-use crate::scanner::Scanner;
-use crate::shared::{ExitPath, Shared};
-use crate::stats::{RegionStats, Stats};
-use crate::sync;
-use crate::vmas::{VmaAccount, Vmas, process_limit};
-use crate::worker::Worker;
+use crate::backing::mapping::Mapping;
+use crate::backing::process_memory::ProcessMemory;
+use crate::base::budget::{MemoryGauge, UNMERGE_PATIENCE};
+use crate::base::stats::{RegionStats, Stats};
+use crate::base::sync;
+use crate::base::vmas::{VmaAccount, Vmas, process_limit};
+use crate::merge::domain::Scanner;
+use crate::pages::dirty::DirtySource;
+use crate::pages::pins::{AccessError, Pin};
+use crate::pages::region::{RegionId, RegionRef};
+use crate::protocol::control::{Control, Pace, Run};
+use crate::protocol::core::{ExitPath, Shared};
+use crate::protocol::merge_now::{MergeNowError, MergedNow};
+use crate::protocol::worker::Worker;
 
 /// How an engine starts out.
 #[derive(Clone, Debug, Default)]
@@ -340,7 +340,7 @@ impl Drop for RegionHandle {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::budget::Shortage;
+    use crate::base::budget::Shortage;
 
     #[test]
     fn an_unmerge_that_fails_says_whether_it_lacked_memory_or_was_superseded() {

@@ -30,48 +30,55 @@
 //! content becomes a *stable page* in the *pool*.
 //!
 //! # Modules
+//! Layers, the highest first. A layer imports only layers below it (`layers`, a rule of the house).
 //! | module | holds | kind |
 //! |---|---|---|
 //! | `engine` | [`Engine`], [`RegionHandle`]: what users see | thin |
+//! | [`host`] | what the kernel offers, asked before there is an engine | system calls |
+//! | **`protocol`** | **locks and threads** | |
+//! | `core` | batch, exit, unmerge, reap: the protocol | locks |
 //! | `worker` | the thread | thin |
-//! | `shared` | batch, exit, unmerge, reap: the protocol | locks |
-//! | `work` | what the protocol asks of the worker's state, as a trait | pure |
-//! | `mutant` | mistakes that the protocol's models must catch | pure |
+//! | `merge_now` | one region at once, on its caller's thread | protocol |
+//! | `scan_state` | what the protocol asks of the worker's state, as a trait | pure |
 //! | `ring` | slots and cursor | pure |
-//! | `region` | a region, its lock, its `exiting` flag | locks |
 //! | `control` | [`Run`], [`Pace`], idleness | pure |
 //! | `advisor` | [`AdvisorMode`]: pages of a batch, rest after it | pure |
-//! | `scanner` | what the worker mutex guards | state |
-//! | `visit`, `watched` | one window: what changed, what to merge | policy |
+//! | `stopwatch` | what a batch takes | thin |
+//! | **`scan`** | **one window of a region** | |
+//! | `visit`, `tracked` | what changed, what to merge: in each pass, or as a dirty log says | policy |
+//! | **`merge`** | **pages become shared, and private again** | |
+//! | `domain` | what the worker mutex guards | state |
+//! | `partners` | where a page finds its equal: at its place, then elsewhere | policy |
+//! | `planned`, `apply`, `protected` | protect, compare again, apply, wake | mechanism |
+//! | `group` | how many pages are protected together | pure |
+//! | `fill` | places get the content that two pages share | mechanism |
+//! | `base_block` | a block becomes one mapping of a block of places | mechanism |
+//! | `huge` | which huge pages are split | policy |
+//! | `unmerge` | private copies for all | mechanism |
+//! | `reclaim` | pool pages that nobody shares go back | mechanism |
+//! | **`backing`** | **the kernel behind a trait, and its model for tests** | system calls |
+//! | `mapping` | reserved ranges | system calls |
+//! | `racing` | loads from memory that others write to | unsafe |
+//! | `process_memory` | [`ProcessMemory`]: what the process and the pool hold | system calls |
+//! | **`index`** | **where equal contents are** | |
+//! | `stable` | stable pages: what the places hold, who shares it | pure |
+//! | `unstable` | calm pages that found no equal yet | pure |
+//! | `layouts` | which places of the pool stand for which guest pages | pure |
+//! | `fingerprint`, `prehashed` | hash and zero test; maps by hash | pure |
+//! | **`pages`** | **a region's pages** | |
+//! | `region` | a region, its lock, its `exiting` flag | locks |
+//! | `pins` | pages that devices use, and what is replaced: who waits for whom | locks |
+//! | `item`, `region_items` | 8 bytes for each page; counts; VMAs | pure |
 //! | `backoff` | how long a busy page is left alone | pure |
 //! | `dirty` | [`DirtySource`]: who can tell what was written to | pure |
-//! | `unstable` | calm pages that found no equal yet | pure |
-//! | `partners` | where a page finds its equal: at its place, then elsewhere | policy |
-//! | `merge`, `apply`, `protected` | protect, compare again, apply, wake | mechanism |
-//! | `pins` | pages that devices use, and what is replaced: who waits for whom | locks |
-//! | `fill` | places get the content that two pages share | mechanism |
-//! | `base` | a block becomes one mapping of a block of places | mechanism |
-//! | `group` | how many pages are protected together | pure |
-//! | `huge` | which huge pages are split | policy |
-//! | `merge_now` | one region at once, on its caller's thread | protocol |
-//! | `unmerge` | private copies for all | mechanism |
+//! | **`base`** | **what every layer uses** | |
 //! | `budget` | [`MemoryGauge`]; what is promised of the memory that is left | locks |
-//! | `process_memory` | [`ProcessMemory`]: what the process and the pool hold | system calls |
-//! | `item`, `items` | 8 bytes for each page; counts; VMAs | pure |
-//! | `layouts` | which places of the pool stand for which guest pages | pure |
-//! | `stable` | stable pages: what the places hold, who shares it | pure |
-//! | `reclaim` | pool pages that nobody shares go back | mechanism |
-//! | `fingerprint`, `keyed` | hash and zero test; maps by hash | pure |
-//! | `racing` | loads from memory that others write to | unsafe |
-//! | `backing` | the kernel behind a trait, and its model for tests | system calls |
-//! | `mapping` | reserved ranges | system calls |
-//! | [`host`] | what the kernel offers, asked before there is an engine | system calls |
 //! | `vmas` | mappings of a domain, and of the process | pure |
-//! | `complaints` | warnings, said now and then | thin |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
-//! | `fault` | faults on demand, for tests | thin |
-//! | `stopwatch` | what a batch takes | thin |
+//! | `complaints` | warnings, said now and then | thin |
+//! | `failpoint` | system calls that fail on demand, for tests | thin |
+//! | `mutant` | mistakes that the protocol's models must catch | pure |
 //! | `sync` | locks and what poison means | thin |
 //!
 //! # Locks
@@ -89,73 +96,31 @@
 //!
 //! A region's last reference is never dropped under 2, 4 or 5.
 //!
-//! `shared::models` runs all of this under loom, with every mistake that `mutant` names; the table
+//! `core::models` runs all of this under loom, with every mistake that `mutant` names; the table
 //! of invariants is in ARCHITECTURE.md, section 4.
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
-mod advisor;
-mod apply;
 mod backing;
-mod backoff;
 mod base;
-mod budget;
-mod complaints;
-mod control;
-mod dirty;
 mod engine;
-mod fault;
-mod fill;
-mod fingerprint;
-mod group;
 pub mod host;
-mod huge;
-mod item;
-mod items;
-mod keyed;
-mod layouts;
-#[expect(
-    unsafe_code,
-    reason = "maps and unmaps memory, and reads what others write to"
-)]
-mod mapping;
+mod index;
 mod merge;
-mod merge_now;
-mod mutant;
-mod page;
-mod partners;
-mod pins;
-mod process_memory;
-mod protected;
-#[expect(unsafe_code, reason = "loads from memory that others write to")]
-mod racing;
-mod reclaim;
-mod region;
-mod ring;
-mod scanner;
-mod shared;
-mod stable;
-mod stats;
-mod stopwatch;
-mod sync;
-mod unmerge;
-mod unstable;
-mod visit;
-mod vmas;
-mod watched;
-mod work;
-mod worker;
+mod pages;
+mod protocol;
+mod scan;
 
-pub use advisor::AdvisorMode;
-pub use budget::{Headroom, MemoryGauge};
-pub use control::{Pace, PaceError, Run};
-pub use dirty::{DirtySource, PageSet};
+pub use backing::mapping::{Mapping, MappingError};
+pub use backing::process_memory::ProcessMemory;
+pub use base::budget::{Headroom, MemoryGauge};
+pub use base::page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
+pub use base::stats::{RegionStats, Stats};
 pub use engine::{Engine, EngineError, PinnedPages, RegionAccess, RegionHandle, Settings};
-pub use mapping::{Mapping, MappingError};
-pub use merge_now::{MergeNowError, MergedNow};
-pub use page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
-pub use pins::AccessError;
-pub use process_memory::ProcessMemory;
-pub use region::RegionId;
-pub use shared::ExitPath;
-pub use stats::{RegionStats, Stats};
+pub use pages::dirty::{DirtySource, PageSet};
+pub use pages::pins::AccessError;
+pub use pages::region::RegionId;
+pub use protocol::advisor::AdvisorMode;
+pub use protocol::control::{Pace, PaceError, Run};
+pub use protocol::core::ExitPath;
+pub use protocol::merge_now::{MergeNowError, MergedNow};

@@ -15,9 +15,9 @@ pub(crate) use pool::{FakePool, Moment};
 use staging::FakeStaging;
 
 use super::{Backing, Residency};
-use crate::dirty::PageSet;
-use crate::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, range_pages};
-use crate::sync;
+use crate::base::page::{PAGE_WORDS, PageBuf, PageRange, PoolPage, range_pages};
+use crate::base::sync;
+use crate::pages::dirty::PageSet;
 
 /// A page's content, told by one word that fills it.
 pub(crate) type Content = u64;

@@ -1,8 +1,8 @@
 //! A device that uses pages of the model by their frames.
 
 use super::{Content, FakeMemory, FakePage};
-use crate::page::PageRange;
-use crate::sync;
+use crate::base::page::PageRange;
+use crate::base::sync;
 
 impl FakeMemory {
     /// Gives a device the frames of pages, which are private.

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use super::{Content, FakePage};
 use crate::backing::Pool;
-use crate::fingerprint::Fingerprint;
-use crate::page::{PAGE_WORDS, PoolPage};
-use crate::sync;
+use crate::base::page::{PAGE_WORDS, PoolPage};
+use crate::base::sync;
+use crate::index::fingerprint::Fingerprint;
 
 /// The pool of the model: content by pool page, `None` where nothing was written or all punched.
 #[derive(Clone, Debug, Default)]

@@ -3,8 +3,8 @@
 use std::io;
 
 use super::{Call, FakeMemory};
-use crate::dirty::{DirtySource, PageSet};
-use crate::sync;
+use crate::base::sync;
+use crate::pages::dirty::{DirtySource, PageSet};
 
 /// Tells what a region of the model was written to.
 #[derive(Debug)]

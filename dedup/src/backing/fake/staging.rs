@@ -4,8 +4,8 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use super::{Content, FakeMemory, FakePage};
-use crate::page::{PageRange, PoolPage};
-use crate::sync;
+use crate::base::page::{PageRange, PoolPage};
+use crate::base::sync;
 
 /// What is to replace a range of the model, page by page; `None` shows what lies under it.
 #[derive(Debug)]

@@ -10,12 +10,12 @@ use super::pagemap::Pagemap;
 use super::replace::replace;
 use super::staging::Staging;
 use super::{LinuxPool, Userfaultfd, check, check_mapped};
+use crate::backing::mapping::Mapping;
+use crate::backing::racing::{page_is_zero, pages_are_equal, pages_may_be_equal};
 use crate::backing::{Backing, Residency};
-use crate::complaints::complain;
-use crate::fault::may_fail;
-use crate::mapping::Mapping;
-use crate::page::{PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
-use crate::racing::{page_is_zero, pages_are_equal, pages_may_be_equal};
+use crate::base::complaints::complain;
+use crate::base::failpoint::may_fail;
+use crate::base::page::{PageBuf, PageRange, PoolPage, pages_to_bytes, range_pages};
 
 /// A reserved range, registered for write protection.
 #[derive(Debug)]

@@ -14,9 +14,9 @@ use linux_raw_sys::general::{
 };
 
 use crate::backing::Residency;
-use crate::fault::may_fail;
-use crate::mapping::Mapping;
-use crate::page::{PAGE_SIZE_BYTES, PageRange};
+use crate::backing::mapping::Mapping;
+use crate::base::failpoint::may_fail;
+use crate::base::page::{PAGE_SIZE_BYTES, PageRange};
 
 /// `_IOWR('f', 16, struct pm_scan_arg)` of `include/uapi/linux/fs.h`.
 const PAGEMAP_SCAN: libc::c_ulong =
@@ -189,7 +189,7 @@ mod tests {
             std::os::unix::fs::FileExt::write_at(&memory, &[1], address).unwrap();
         }
         // Shows the kernel's zero page.
-        mapping.read_page(50, &mut [0; crate::page::PAGE_WORDS]);
+        mapping.read_page(50, &mut [0; crate::base::page::PAGE_WORDS]);
         let pagemap = Pagemap::open().unwrap();
         assert_eq!(pagemap.private_bytes(&mapping).unwrap(), 3 * 4096);
     }

@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{check, check_mapped};
 use crate::backing::Pool;
-use crate::fault::may_fail;
-use crate::fingerprint::Fingerprint;
-use crate::item::POOL_PAGES_MAX;
-use crate::mapping::{reserve_aligned, unmap};
-use crate::page::{
+use crate::backing::mapping::{reserve_aligned, unmap};
+use crate::base::failpoint::may_fail;
+use crate::base::page::{
     HUGE_PAGE_BYTES, HUGE_PAGE_PAGES, PAGE_SIZE_BYTES, PageBuf, PoolPage, pages_to_bytes,
 };
+use crate::index::fingerprint::Fingerprint;
+use crate::pages::item::POOL_PAGES_MAX;
 
 /// Runs that are filled with base pages after the kernel had no huge page.
 const HUGE_PAUSE_RUNS: u32 = 64;

@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::{Userfaultfd, check, check_mapped};
-use crate::complaints::complain;
+use crate::base::complaints::complain;
 
 /// Time between two tries.
 const RETRY: Duration = Duration::from_millis(1);
@@ -121,7 +121,7 @@ unsafe fn plug(start: *mut u8, len_bytes: usize, userfaultfd: &Userfaultfd) -> i
 unsafe fn lose(start: *mut u8, len_bytes: usize) -> io::Result<()> {
     fail::fail_point!("unmapped", |_| {
         // SAFETY: as for this call.
-        unsafe { crate::mapping::unmap(start, len_bytes) };
+        unsafe { crate::backing::mapping::unmap(start, len_bytes) };
         Err(io::Error::from_raw_os_error(libc::ENOMEM))
     });
     Ok(())

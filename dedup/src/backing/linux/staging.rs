@@ -5,8 +5,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use super::{LinuxPool, Userfaultfd, check, check_mapped};
-use crate::mapping::{reserve_aligned, unmap};
-use crate::page::{
+use crate::backing::mapping::{reserve_aligned, unmap};
+use crate::base::page::{
     HUGE_PAGE_BYTES, PAGE_SIZE_BYTES, PageRange, PoolPage, pages_to_bytes, range_pages,
 };
 

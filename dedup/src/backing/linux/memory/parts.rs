@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use linux_raw_sys::general::PIDFD_SELF_THREAD;
 
 use super::LinuxMemory;
-use crate::fault::may_fail;
-use crate::page::PageRange;
+use crate::base::failpoint::may_fail;
+use crate::base::page::PageRange;
 
 impl LinuxMemory {
     /// Drops the pages of `parts`, all by one system call if the kernel can. Returns how many parts

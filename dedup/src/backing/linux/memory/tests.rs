@@ -45,7 +45,7 @@ fn write(memory: &LinuxMemory, page: u32, word: u64) {
 }
 
 fn read(memory: &LinuxMemory, page: u32) -> u64 {
-    let mut words = [0; crate::page::PAGE_WORDS];
+    let mut words = [0; crate::base::page::PAGE_WORDS];
     memory.read(page, &mut words);
     words[0]
 }

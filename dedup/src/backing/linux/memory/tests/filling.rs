@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
-use crate::page::HUGE_PAGE_PAGES;
+use crate::base::page::HUGE_PAGE_PAGES;
 
 #[test]
 fn a_huge_page_of_the_pool_holds_what_was_filled_into_it_and_nobody_can_write_to_it() {

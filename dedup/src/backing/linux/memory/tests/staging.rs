@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use super::*;
-use crate::page::HUGE_PAGE_BYTES;
+use crate::base::page::HUGE_PAGE_BYTES;
 
 #[test]
 fn writers_to_a_range_that_is_replaced_wait_and_then_write() {
@@ -107,7 +107,9 @@ fn nothing_is_left_of_a_range_that_cannot_be_built(first: PoolPage) {
 
 #[test]
 fn a_range_over_places_past_the_pool_leaves_all_as_it_was() {
-    nothing_is_left_of_a_range_that_cannot_be_built(PoolPage(crate::item::POOL_PAGES_MAX - 1));
+    nothing_is_left_of_a_range_that_cannot_be_built(PoolPage(
+        crate::pages::item::POOL_PAGES_MAX - 1,
+    ));
 }
 
 #[cfg(feature = "failpoints")]
