@@ -41,19 +41,22 @@
 //! | `merge_now` | one region at once, on its caller's thread | protocol |
 //! | `scan_state` | what the protocol asks of the worker's state, as a trait | pure |
 //! | `ring` | slots and cursor | pure |
-//! | `control` | [`Run`], [`Pace`], idleness | pure |
-//! | `advisor` | [`AdvisorMode`]: pages of a batch, rest after it | pure |
+//! | `control` | [`Run`], idleness | pure |
+//! | `advisor` | pages of a batch, rest after it | pure |
 //! | `stopwatch` | what a batch takes | thin |
 //! | **`scan`** | **one window of a region** | |
 //! | `visit`, `tracked` | what changed, what to merge: in each pass, or as a dirty log says | policy |
 //! | **`merge`** | **pages become shared, and private again** | |
 //! | `domain` | what the worker mutex guards | state |
 //! | `partners` | where a page finds its equal: at its place, then elsewhere | policy |
+//! | `plan` | what a window's visit found worth trying | policy |
 //! | `planned`, `apply`, `protected` | protect, compare again, apply, wake | mechanism |
 //! | `group` | how many pages are protected together | pure |
 //! | `fill` | places get the content that two pages share | mechanism |
 //! | `base_block` | a block becomes one mapping of a block of places | mechanism |
 //! | `huge` | which huge pages are split | policy |
+//! | `tuning` | from which on a step is worth it | pure |
+//! | `pin` | pages that keep their frames for a device's I/O | locks |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `reclaim` | pool pages that nobody shares go back | mechanism |
 //! | **`backing`** | **the kernel behind a trait, and its model for tests** | system calls |
@@ -74,6 +77,7 @@
 //! | **`base`** | **what every layer uses** | |
 //! | `budget` | [`MemoryGauge`]; what is promised of the memory that is left | locks |
 //! | `vmas` | mappings of a domain, and of the process | pure |
+//! | `pace` | [`Pace`]: how fast the worker scans | pure |
 //! | `page` | units and runs | pure |
 //! | `stats` | [`Stats`], [`RegionStats`] | pure |
 //! | `complaints` | warnings, said now and then | thin |
@@ -114,13 +118,13 @@ mod scan;
 pub use backing::mapping::{Mapping, MappingError};
 pub use backing::process_memory::ProcessMemory;
 pub use base::budget::{Headroom, MemoryGauge};
+pub use base::pace::{AdvisorMode, Pace, PaceError};
 pub use base::page::{PAGE_SIZE_BYTES, PAGE_WORDS, PageBuf};
 pub use base::stats::{RegionStats, Stats};
 pub use engine::{Engine, EngineError, PinnedPages, RegionAccess, RegionHandle, Settings};
 pub use pages::dirty::{DirtySource, PageSet};
 pub use pages::pins::AccessError;
 pub use pages::region::RegionId;
-pub use protocol::advisor::AdvisorMode;
-pub use protocol::control::{Pace, PaceError, Run};
+pub use protocol::control::Run;
 pub use protocol::core::ExitPath;
 pub use protocol::merge_now::{MergeNowError, MergedNow};

@@ -1,5 +1,6 @@
 //! The kernel behind the engine: reserved ranges, a memfd as pool, userfaultfd write protection.
 
+pub(crate) mod check;
 mod memory;
 pub(crate) mod pagemap;
 mod pool;
@@ -12,23 +13,3 @@ pub(crate) use memory::LinuxMemory;
 pub(crate) use pool::{LinuxPool, allocated_pages};
 pub(crate) use urgent::Urgent;
 pub(crate) use userfaultfd::Userfaultfd;
-
-use std::io;
-
-/// Turns a system call's `-1` into the error it left.
-fn check(returned: libc::c_int) -> io::Result<()> {
-    if returned < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
-/// Turns the `MAP_FAILED` of a mapping call into the error it left.
-pub(crate) fn check_mapped(returned: *mut libc::c_void) -> io::Result<()> {
-    if returned == libc::MAP_FAILED {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}

@@ -4,7 +4,7 @@ use std::ptr;
 
 use thiserror::Error;
 
-use crate::backing::linux::check_mapped;
+use crate::backing::linux::check::check_mapped;
 use crate::backing::racing::copy_page_out;
 use crate::base::page::{
     HUGE_PAGE_BYTES, PAGE_SIZE_BYTES, PageBuf, bytes_to_pages, pages_to_bytes,

@@ -7,11 +7,11 @@
 use std::io;
 
 use crate::backing::Backing;
+use crate::base::complaints::complain;
 use crate::base::page::{PageRange, PoolPage, runs};
 use crate::index::fingerprint::Fingerprint;
 use crate::merge::domain::Scanner;
 use crate::merge::group::{self, DISCARD_NS, MAP_NS};
-use crate::merge::planned::{report, run_len};
 use crate::merge::protected::Protected;
 use crate::pages::item::PageState;
 use crate::pages::region::{Entered, RegionId};
@@ -224,6 +224,17 @@ impl<B: Backing> Scanner<B> {
 /// All pages of a run.
 fn span(run: &[Candidate]) -> PageRange {
     run[0].0..run[0].0 + run_len(run)
+}
+
+pub(crate) fn run_len<T>(run: &[T]) -> u32 {
+    u32::try_from(run.len()).unwrap_or(u32::MAX)
+}
+
+/// A merge that failed costs its saving and nothing else; the pages are tried again next pass.
+pub(crate) fn report(what: &str, id: RegionId, done: io::Result<()>) {
+    if let Err(error) = done {
+        complain!(Warn, "cannot {what} in region {}: {error}", id.0);
+    }
 }
 
 #[cfg(test)]

@@ -25,10 +25,6 @@ use crate::pages::item::PageState;
 use crate::pages::region::{Entered, RegionId};
 use crate::pages::region_items::Items;
 
-/// Mappings in a block of 512 pages below which it is left alone: building it anew takes as long as
-/// merging a thousand pages.
-pub(crate) const HEAL_VMAS_MIN: u32 = 16;
-
 /// Mappings for each page that would not be shared any more, from which on they are not worth it. A
 /// page shared alone takes two, its own and its right neighbour's.
 const VMAS_PER_SHARED_PAGE: u32 = 4;
@@ -138,6 +134,15 @@ impl<B: Backing> Scanner<B> {
         } else {
             Source::Copy
         }
+    }
+
+    /// Whether a page of a watched region is left alone because it was busy.
+    pub(crate) fn is_put_off_watched(&self, id: RegionId, page: u32) -> bool {
+        self.attached.get(&id).is_some_and(|attached| {
+            let mut watch = attached.watch.iter();
+            attached.items.state(page).is_volatile()
+                && watch.any(|watch| !watch.pending.contains(page))
+        })
     }
 
     fn build(
@@ -366,6 +371,7 @@ impl<B: Backing> Scanner<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::merge::tuning::HEAL_VMAS_MIN;
 
     #[test]
     fn only_blocks_with_many_mappings_for_few_shared_pages_are_broken() {

@@ -12,9 +12,7 @@ use crate::base::vmas::{VmaAccount, Vmas};
 use crate::index::prehashed::RegionMap;
 use crate::index::stable::StablePages;
 use crate::index::unstable::Unstable;
-use crate::merge::base_block::HEAL_VMAS_MIN;
-use crate::merge::huge::HUGE_PAGE_SHARED_PAGES_MIN;
-use crate::merge::partners::BASE_PAGES_MIN;
+use crate::merge::tuning::{BASE_PAGES_MIN, HEAL_VMAS_MIN, HUGE_PAGE_SHARED_PAGES_MIN};
 use crate::pages::backoff::{INTERVAL, Intervals, Looks, MAP_AFTER};
 use crate::pages::dirty::{PageSet, Watch};
 use crate::pages::item::PageState;
@@ -214,6 +212,13 @@ impl<B: Backing> Scanner<B> {
             .get_mut(&id)
             .expect("a region under work is attached")
             .items
+    }
+
+    /// Accounts for a guest's write to a page that was shared.
+    pub(crate) fn unshared_by_guest(&mut self, id: RegionId, page: u32) {
+        if let PageState::Stable(pool_page) = self.items(id).state(page) {
+            self.stable.drop_sharer(pool_page);
+        }
     }
 
     /// Ends a pass over all regions.

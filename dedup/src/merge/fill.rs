@@ -10,13 +10,13 @@ use std::io;
 use crate::backing::{Backing, Pool};
 use crate::base::page::{PageRange, PoolPage, runs};
 use crate::index::layouts::{block_number, place_in};
+use crate::merge::apply::{report, run_len};
 use crate::merge::domain::Scanner;
 use crate::merge::group::GROUP_PAGES_MAX;
-use crate::merge::planned::{report, run_len};
+use crate::merge::plan::Pair;
 use crate::pages::backoff::Interval;
 use crate::pages::item::PageState;
 use crate::pages::region::{Entered, RegionId};
-use crate::scan::visit::Pair;
 
 /// A pair, and the stable page that holds what it was found by.
 pub(crate) type Founded = (Pair, PoolPage);

@@ -8,16 +8,11 @@ use std::collections::BTreeSet;
 
 use crate::backing::Backing;
 use crate::base::complaints::complain;
-use crate::base::page::HUGE_PAGE_PAGES;
 use crate::index::layouts::block_of;
 use crate::merge::domain::Scanner;
+use crate::merge::plan::Plan;
 use crate::pages::item::PageState;
 use crate::pages::region::{Entered, RegionId};
-use crate::scan::visit::Plan;
-
-/// Shareable pages of a huge page's 512 from which on it is split, unless the settings say
-/// otherwise: half of it must come back.
-pub(crate) const HUGE_PAGE_SHARED_PAGES_MIN: u32 = HUGE_PAGE_PAGES / 2;
 
 impl<B: Backing> Scanner<B> {
     /// Makes the planned pages ready to be merged one by one: splits the huge page they are part

@@ -5,17 +5,13 @@ use crate::base::page::{PoolPage, runs};
 use crate::index::fingerprint::Fingerprint;
 use crate::index::layouts::{block_number, block_of, place_in};
 use crate::merge::domain::Scanner;
+use crate::merge::plan::{Calm, Plan};
 use crate::pages::item::PageState;
 use crate::pages::region::{Entered, RegionId};
-use crate::scan::visit::{Calm, Plan};
 
 /// Regions that are asked what they hold at a place. Of fleets with several images, this many
 /// neighbours hold one of the same image nearly for sure.
 const PEERS_MAX: usize = 16;
-
-/// Pages of a block that must equal their places before it is based: building it aside takes as long
-/// as merging some hundred pages.
-pub(crate) const BASE_PAGES_MIN: u32 = 8;
 
 /// Guesses of a block that are looked at before it is based because of them.
 const SAMPLE_PAGES: usize = 16;

@@ -4,17 +4,14 @@
 //! byte, and only then changed; what changed meanwhile is let go. Pausing the vCPUs for a merge was
 //! rejected: it stops every writer of the VM for the sake of a few pages.
 
-use std::io;
-
 use crate::backing::Backing;
-use crate::base::complaints::complain;
 use crate::index::fingerprint::Fingerprint;
 use crate::index::layouts::place_in;
-use crate::merge::apply::{Candidate, Target};
+use crate::merge::apply::{Candidate, Target, report};
 use crate::merge::domain::Scanner;
+use crate::merge::plan::{Calm, Plan};
 use crate::pages::item::PageState;
 use crate::pages::region::{Entered, RegionId};
-use crate::scan::visit::{Calm, Plan};
 
 impl<B: Backing> Scanner<B> {
     /// Tries what was planned for a window; then what that showed: pages that are not what they were
@@ -137,16 +134,5 @@ impl<B: Backing> Scanner<B> {
         let tried = stable.map(|&(page, _)| page).chain(pairs);
         let is_left = |page: &u32| matches!(items.state(*page), PageState::Unshared { .. });
         plan.later.extend(tried.filter(is_left));
-    }
-}
-
-pub(crate) fn run_len<T>(run: &[T]) -> u32 {
-    u32::try_from(run.len()).unwrap_or(u32::MAX)
-}
-
-/// A merge that failed costs its saving and nothing else; the pages are tried again next pass.
-pub(crate) fn report(what: &str, id: RegionId, done: io::Result<()>) {
-    if let Err(error) = done {
-        complain!(Warn, "cannot {what} in region {}: {error}", id.0);
     }
 }

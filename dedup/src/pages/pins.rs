@@ -19,12 +19,9 @@ use std::ops::Range;
 
 use thiserror::Error;
 
-use crate::backing::Backing;
 use crate::base::mutant::{self, Mutant};
 use crate::base::page::PageRange;
 use crate::base::sync::{self, Condvar, Mutex};
-use crate::merge::unmerge::UNSHARE_PAGES;
-use crate::pages::region::RegionRef;
 
 /// Why pages were not pinned or discarded.
 #[derive(Debug, Error)]
@@ -82,13 +79,6 @@ pub(crate) struct Pins {
 pub(crate) struct Replacing<'a> {
     pins: &'a Pins,
     pinned: Vec<PageRange>,
-}
-
-/// Pinned pages; unpinned on drop.
-#[derive(Debug)]
-pub(crate) struct Pin<B> {
-    region: RegionRef<B>,
-    pages: PageRange,
 }
 
 fn overlap(one: &PageRange, other: &PageRange) -> bool {
@@ -172,35 +162,6 @@ impl Drop for Replacing<'_> {
         if state.waiting > 0 {
             self.pins.ended.notify_all();
         }
-    }
-}
-
-impl<B: Backing> Pin<B> {
-    pub(crate) fn new(region: &RegionRef<B>, pages: PageRange) -> Result<Pin<B>, AccessError> {
-        AccessError::check(&pages, region.backing().pages())?;
-        let inside = region.enter().ok_or(AccessError::Exiting)?;
-        if !pages.is_empty() {
-            region.pins.add(&pages);
-        }
-        // Made before the pages are touched: its drop takes the pin back if that fails.
-        let pin = Pin {
-            region: RegionRef::clone(region),
-            pages,
-        };
-        for start in pin.pages.clone().step_by(UNSHARE_PAGES as usize) {
-            if inside.is_exiting() {
-                return Err(AccessError::Exiting);
-            }
-            let end = pin.pages.end.min(start.saturating_add(UNSHARE_PAGES));
-            inside.backing().unshare(start..end)?;
-        }
-        Ok(pin)
-    }
-}
-
-impl<B> Drop for Pin<B> {
-    fn drop(&mut self) {
-        self.region.pins.remove(&self.pages);
     }
 }
 

@@ -8,32 +8,13 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use crate::protocol::control::Pace;
+use crate::base::pace::Pace;
+use crate::protocol::stopwatch::Spent;
 
 /// Share of a CPU that the advisor takes while anything is left to visit, if the cap allows it. The
 /// target time is the latest: a burst costs the same whenever it is visited, and memory that is
 /// merged early is there early. A pass with nothing due takes nothing in any case.
 const PROMPT_CPU_PERCENT: u32 = 25;
-
-/// Who says how many pages a batch has; KSM's `advisor_mode`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum AdvisorMode {
-    /// The operator, by `pages_to_scan`.
-    #[default]
-    None,
-    /// The advisor, by the target time of a pass.
-    ScanTime,
-}
-
-/// Time that a batch took.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Spent {
-    pub(crate) cpu: Duration,
-    pub(crate) wall: Duration,
-}
 
 /// What is known of the pass in hand, and of what pages cost.
 #[derive(Clone, Copy, Debug, Default)]
@@ -112,6 +93,7 @@ pub(crate) fn rest(cpu: Duration, percent: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::pace::AdvisorMode;
     use proptest::prelude::*;
 
     fn pace() -> impl Strategy<Value = Pace> {

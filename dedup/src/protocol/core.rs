@@ -13,7 +13,7 @@ use crate::pages::dirty::DirtySource;
 use crate::pages::region::{Region, RegionId};
 use crate::protocol::control::{Control, Run};
 use crate::protocol::ring::{Ring, Unlinked};
-use crate::protocol::scan_state::Work;
+use crate::protocol::scan_state::{Batch, Work};
 
 /// What a step costs a batch at least, in pages: a window without a page in memory takes a system
 /// call, and a region that exited has items to be dropped.
@@ -26,19 +26,6 @@ pub enum ExitPath {
     Fast,
     /// The slot was left to the worker, which finishes it next.
     HandedOver,
-}
-
-/// What a batch came to.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Batch {
-    /// Passes that ended in it.
-    pub(crate) passes: u64,
-    /// State changes seen in the passes that ended.
-    pub(crate) changes: u64,
-    /// Pages visited.
-    pub(crate) pages: u64,
-    /// Pages that a pass has to visit, as far as it is known.
-    pub(crate) due_pages: u64,
 }
 
 /// Everything that the engine's threads share. Lock order: see the crate's documentation.

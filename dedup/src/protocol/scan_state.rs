@@ -31,6 +31,19 @@ pub(crate) struct Visited {
     pub(crate) next: Option<u32>,
 }
 
+/// What a batch came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Batch {
+    /// Passes that ended in it.
+    pub(crate) passes: u64,
+    /// State changes seen in the passes that ended.
+    pub(crate) changes: u64,
+    /// Pages visited.
+    pub(crate) pages: u64,
+    /// Pages that a pass has to visit, as far as it is known.
+    pub(crate) due_pages: u64,
+}
+
 /// What the worker mutex guards.
 pub(crate) trait Work: std::fmt::Debug {
     /// A region's memory.

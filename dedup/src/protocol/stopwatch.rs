@@ -4,7 +4,12 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::protocol::advisor::Spent;
+/// Time that a batch took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spent {
+    pub(crate) cpu: Duration,
+    pub(crate) wall: Duration,
+}
 
 /// Started where the work begins, on the thread that does it.
 #[derive(Debug)]

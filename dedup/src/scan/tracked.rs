@@ -4,12 +4,13 @@ use std::io;
 
 use crate::backing::{Backing, Residency};
 use crate::base::complaints::complain;
-use crate::base::page::{PageRange, runs};
+use crate::base::page::{PageRange, PoolPage, runs};
+use crate::index::layouts::{block_number, place_in};
 use crate::merge::domain::Scanner;
+use crate::merge::plan::Plan;
 use crate::pages::backoff::{Interval, WORTH};
 use crate::pages::item::PageState;
 use crate::pages::region::{Entered, RegionId};
-use crate::scan::visit::Plan;
 
 /// Dirty pages that cost as much as one that is read. Counted in full, they would fill batches
 /// with next to no work between the pauses: with eight busy guests a pass took so long that each
@@ -83,25 +84,6 @@ impl<B: Backing> Scanner<B> {
         }
     }
 
-    /// Whether a page may get a mapping of its own now.
-    pub(crate) fn may_map(&self, id: RegionId, page: u32) -> bool {
-        self.attached.get(&id).is_some_and(|attached| {
-            let items = &attached.items;
-            let calm = items.backoff(page).elapsed(items.now);
-            let is_calm = self.hurried || attached.watch.is_none() || calm >= self.map_after;
-            is_calm && items.state(page).calm_checksum().is_some()
-        })
-    }
-
-    /// Whether a page of a watched region is left alone because it was busy.
-    pub(crate) fn is_put_off_watched(&self, id: RegionId, page: u32) -> bool {
-        self.attached.get(&id).is_some_and(|attached| {
-            let mut watch = attached.watch.iter();
-            attached.items.state(page).is_volatile()
-                && watch.any(|watch| !watch.pending.contains(page))
-        })
-    }
-
     /// Visits pages, each with whether it is dirty. A dirty page is not read: it is given time to
     /// calm down, the more the busier it was. One that is not has had that time, is read once and
     /// planned. Returns the pages read, to which the others add a little.
@@ -150,6 +132,22 @@ impl<B: Backing> Scanner<B> {
         let count = |pages: usize| u32::try_from(pages).unwrap_or(u32::MAX);
         let others = count(pages.len() - dirty_pages).saturating_sub(read_pages);
         Ok(read_pages + count(dirty_pages) / DIRTY_PER_READ + others / ABSENT_PER_READ)
+    }
+
+    /// The stable page that a page is likely to be equal to: the one that it is mapped to and was written
+    /// over, or the one at its place. Only if the page begins like it.
+    pub(crate) fn guess(&self, inside: &Entered<'_, B>, page: u32) -> Option<PoolPage> {
+        let id = inside.region.id();
+        let items = &self.attached.get(&id)?.items;
+        let blocks = match self.base_of(id, page) {
+            Some(_) => &[],
+            None => self.stable.layouts.blocks_of(block_number(page)),
+        };
+        let places = blocks.iter().map(|&first| place_in(first, page));
+        (items.pool_page_under(page).into_iter())
+            .chain(places)
+            .filter(|&pool_page| self.stable.sharers_of(pool_page) > 0)
+            .find(|&pool_page| inside.backing().may_equal_pool(page, &self.pool, pool_page))
     }
 
     /// A page was written to. One that was merged is known to be private now.

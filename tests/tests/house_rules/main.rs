@@ -9,10 +9,11 @@
 //! | `violation` | one broken rule at one place |
 //! | `mask` | Rust text without its comments and literals |
 //! | `functions` | where the functions of a file are |
-//! | `size`, `unsafety`, `names`, `leftovers`, `timing`, `manifests`, `documents`, `licences` | the rules |
+//! | `size`, `unsafety`, `names`, `leftovers`, `timing`, `manifests`, `documents`, `licences`, `layers` | the rules |
 
 mod documents;
 mod functions;
+mod layers;
 mod leftovers;
 mod licences;
 mod manifests;
@@ -28,17 +29,19 @@ use tree::SourceFile;
 use violation::{Violation, assert_none};
 
 /// Every rule by its permanent name.
-const RULES: [&str; 20] = [
+const RULES: [&str; 22] = [
     "allowed-licences",
     "behaviour-names",
     "decided-once",
     "figures-have-commands",
+    "layers",
     "listed-unsafe",
     "lock-order",
     "marked-unsafe",
     "module-table",
     "named-rules",
     "no-absolute-paths",
+    "no-import-circles",
     "no-sleeping-tests",
     "nothing-left-over",
     "one-direction",
@@ -154,6 +157,20 @@ fn dependencies_have_one_direction() {
     assert_none(&in_all(manifests::one_direction, |file| {
         file.file_name() == "Cargo.toml"
     }));
+}
+
+#[test]
+fn layers_import_only_what_is_below_them() {
+    let tree = tree::load();
+    let found = |layered: &layers::Layered| layered.upward_imports(&tree);
+    assert_none(&layers::LAYERED.iter().flat_map(found).collect::<Vec<_>>());
+}
+
+#[test]
+fn no_module_imports_itself() {
+    let tree = tree::load();
+    let found = |layered: &layers::Layered| layered.circles(&tree);
+    assert_none(&layers::LAYERED.iter().flat_map(found).collect::<Vec<_>>());
 }
 
 #[test]

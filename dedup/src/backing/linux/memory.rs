@@ -6,10 +6,11 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use super::check::{check, check_mapped};
 use super::pagemap::Pagemap;
 use super::replace::replace;
 use super::staging::Staging;
-use super::{LinuxPool, Userfaultfd, check, check_mapped};
+use super::{LinuxPool, Userfaultfd};
 use crate::backing::mapping::Mapping;
 use crate::backing::racing::{page_is_zero, pages_are_equal, pages_may_be_equal};
 use crate::backing::{Backing, Residency};

@@ -145,7 +145,7 @@ impl Pagemap {
         // - `request` is the struct that this request takes, valid for the call.
         // - `vec` and `vec_len` name `regions`, which is exclusively borrowed for the call.
         let filled = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut request) };
-        super::check(filled)?;
+        super::check::check(filled)?;
         Ok((
             usize::try_from(filled).unwrap_or(0).min(regions.len()),
             request.walk_end,

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::{check, check_mapped};
+use super::check::{check, check_mapped};
 use crate::backing::Pool;
 use crate::backing::mapping::{reserve_aligned, unmap};
 use crate::base::failpoint::may_fail;

@@ -18,7 +18,8 @@ use std::io;
 use std::thread;
 use std::time::Duration;
 
-use super::{Userfaultfd, check, check_mapped};
+use super::Userfaultfd;
+use super::check::{check, check_mapped};
 use crate::base::complaints::complain;
 
 /// Time between two tries.

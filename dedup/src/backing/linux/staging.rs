@@ -4,7 +4,8 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use super::{LinuxPool, Userfaultfd, check, check_mapped};
+use super::check::{check, check_mapped};
+use super::{LinuxPool, Userfaultfd};
 use crate::backing::mapping::{reserve_aligned, unmap};
 use crate::base::page::{
     HUGE_PAGE_BYTES, PAGE_SIZE_BYTES, PageRange, PoolPage, pages_to_bytes, range_pages,

@@ -7,7 +7,7 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::check;
+use super::check::check;
 
 /// The least urgent of all real-time priorities.
 const PRIORITY: libc::c_int = 1;

@@ -21,7 +21,7 @@ use linux_raw_sys::ioctl::{
     UFFDIO_API, UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT, UFFDIO_ZEROPAGE,
 };
 
-use super::check;
+use super::check::check;
 
 // `include/uapi/linux/userfaultfd.h`; names that the bindings leave out.
 const UFFD_API: u64 = 0xaa;

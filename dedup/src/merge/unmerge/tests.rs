@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use crate::backing::fake::{FakeMemory, FakePage, FakePool};
 use crate::base::budget::{Headroom, MemoryGauge, bytes_of};
+use crate::base::pace::Pace;
 use crate::base::sync;
 use crate::merge::domain::Scanner;
 use crate::pages::region::Region;
-use crate::protocol::control::{Control, Pace, Run};
+use crate::protocol::control::{Control, Run};
 use crate::protocol::core::Shared;
 
 const PAGES: u32 = 200;

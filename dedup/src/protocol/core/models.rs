@@ -7,7 +7,7 @@
 use loom::thread;
 
 use super::*;
-use crate::protocol::control::Pace;
+use crate::base::pace::Pace;
 use crate::protocol::worker;
 
 mod mutants;

@@ -8,10 +8,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::backing::fake::{Call, Content, FakeMemory, FakePage, FakePool, Moment};
+use crate::base::pace::Pace;
 use crate::base::page::HUGE_PAGE_PAGES;
 use crate::merge::domain::Scanner;
 use crate::pages::backoff::Intervals;
-use crate::protocol::control::Pace;
 use crate::protocol::merge_now::MergeNowError;
 
 /// Pages of each block that guests write to.

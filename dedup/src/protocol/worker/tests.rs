@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::backing::fake::{FakeMemory, FakePool, Moment};
+use crate::base::pace::Pace;
 use crate::merge::domain::Scanner;
-use crate::protocol::control::{Control, Pace};
+use crate::protocol::control::Control;
 
 const PAGES: u32 = 24;
 

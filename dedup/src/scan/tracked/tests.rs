@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use crate::backing::fake::{FakeMemory, FakePool};
+use crate::base::pace::Pace;
 use crate::merge::domain::Scanner;
 use crate::pages::backoff::Intervals;
-use crate::protocol::control::{Control, Pace, Run};
+use crate::protocol::control::{Control, Run};
 use crate::protocol::core::Shared;
 
 fn world(pages: u32) -> (Shared<Scanner<FakeMemory>>, FakeMemory) {

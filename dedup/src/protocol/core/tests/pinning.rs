@@ -1,7 +1,8 @@
 //! Pages that a device uses while the engine is at work on them.
 
 use super::*;
-use crate::pages::pins::{AccessError, Pin};
+use crate::merge::pin::Pin;
+use crate::pages::pins::AccessError;
 
 impl World {
     /// A pass while a device uses pages, and then perhaps an unmerge. The device writes to the first
