@@ -61,6 +61,18 @@ impl Unstable {
         known.into_iter().find(|&known| known != page)
     }
 
+    /// The page of a watched region that is known by a fingerprint, if it is the only one, and not this.
+    pub(crate) fn only_other(
+        &self,
+        fingerprint: Fingerprint,
+        page: (RegionId, u32),
+    ) -> Option<(RegionId, u32)> {
+        let mut others = [&self.passing, &self.left_out].into_iter();
+        let is_only = !others.any(|entries| entries.contains_key(&fingerprint));
+        let known = self.lasting.get(&fingerprint).copied();
+        known.filter(|&known| is_only && known != page)
+    }
+
     /// Keeps a page of a watched region that has an equal in the index already.
     pub(crate) fn leave_out(&mut self, fingerprint: Fingerprint, page: (RegionId, u32)) {
         self.left_out.insert(fingerprint, page);

@@ -41,8 +41,15 @@ impl<B: Backing> Scanner<B> {
         for pair in put_off {
             self.keep_candidate(id, pair.page, pair.fingerprint);
         }
-        let place = |pair: &Pair| Some((*pair, self.claim_place(pair.page, base)?));
-        let placed: Vec<Founded> = pairs.iter().filter_map(place).collect();
+        let mut placed: Vec<Founded> = Vec::with_capacity(pairs.len());
+        for pair in pairs {
+            let last = placed.last().filter(|(last, _)| last.page + 1 == pair.page);
+            let next = last.map(|&(_, place)| place.plus(1));
+            placed.extend(
+                self.claim_place(id, pair, base, next)
+                    .map(|place| (*pair, place)),
+            );
+        }
         if let Err(error) = self.copy(inside, &placed) {
             for &(_, place) in &placed {
                 self.stable.abandon(place);
@@ -134,19 +141,60 @@ impl<B: Backing> Scanner<B> {
         entered.is_some_and(|entered| holds(&entered))
     }
 
-    /// Takes an empty place for a page; `None` when the pool is full.
-    fn claim_place(&mut self, page: u32, base: Option<PoolPage>) -> Option<PoolPage> {
+    /// Takes an empty place for a pair; `None` when the pool is full. A pair of two places has one
+    /// next to what its neighbours are mapped to, or that of the older region: the pool then keeps the
+    /// order of one guest's memory, in which the others find runs.
+    fn claim_place(
+        &mut self,
+        id: RegionId,
+        pair: &Pair,
+        base: Option<PoolPage>,
+        next: Option<PoolPage>,
+    ) -> Option<PoolPage> {
+        let (partner, partner_page) = (pair.partner, pair.partner_page);
+        let is_same_place = partner_page == pair.page;
+        let (page, base) = if is_same_place || id < partner {
+            (pair.page, base)
+        } else {
+            (partner_page, self.base_of(partner, partner_page))
+        };
         let number = block_number(page);
-        let others = self.stable.layouts.blocks_of(number).iter().copied();
-        let mut places = base
-            .into_iter()
-            .chain(others)
-            .map(|first| place_in(first, page));
+        let blocks = self.stable.layouts.blocks_of(number).iter().copied();
+        let homes = base.into_iter().chain(blocks);
+        let homes = homes.map(|first| place_in(first, page));
+        let mut nearby = Vec::new();
+        if !is_same_place {
+            nearby.extend(next);
+            nearby.extend(self.next_places(id, pair.page));
+            nearby.extend(self.next_places(partner, partner_page));
+        }
+        let mut places = nearby.into_iter().chain(homes);
         let place = match places.find(|&place| self.stable.is_empty(place)) {
             Some(place) => place,
             None => place_in(self.stable.layouts.add(number)?, page),
         };
         self.stable.claim(place).then_some(place)
+    }
+
+    /// The places that would lengthen what a page's neighbours are mapped to.
+    pub(crate) fn next_places(&self, id: RegionId, page: u32) -> Vec<PoolPage> {
+        let Some(attached) = self.attached.get(&id) else {
+            return Vec::new();
+        };
+        let items = &attached.items;
+        let stable = |page: u32| match items.state(page) {
+            PageState::Stable(pool_page) => Some(pool_page),
+            _ => None,
+        };
+        let left = page
+            .checked_sub(1)
+            .and_then(stable)
+            .map(|place| place.plus(1));
+        let right = Some(page + 1)
+            .filter(|&page| page < items.pages())
+            .and_then(stable);
+        let right = right.and_then(|place| place.0.checked_sub(1)).map(PoolPage);
+        left.into_iter().chain(right).collect()
     }
 
     fn copy(&self, inside: &Entered<'_, B>, placed: &[Founded]) -> io::Result<()> {

@@ -65,25 +65,32 @@ impl<B: Backing> Scanner<B> {
         let with_peers = with_peers
             .into_iter()
             .chain(read.into_iter().map(|calm| (calm, None)));
-        let mut elsewhere = Vec::new();
+        let place_of = |page: u32| base.map(|first| place_in(first, page));
+        let mut open = Vec::new();
         for (calm, peer) in with_peers {
-            let place = base.map(|first| place_in(first, calm.page));
-            if let Some(place) = place
-                && self.stable.fingerprint(place) == Some(calm.fingerprint)
-            {
-                plan.stable.push((calm.page, place));
+            match place_of(calm.page) {
+                Some(place) if self.stable.fingerprint(place) == Some(calm.fingerprint) => {
+                    plan.stable.push((calm.page, place));
+                }
+                _ => open.push((calm, peer)),
+            }
+        }
+        open.sort_unstable_by_key(|(calm, _)| calm.page);
+        let mut is_run = self.hasten_runs(id, &mut open).into_iter();
+        for (calm, peer) in open {
+            let place = place_of(calm.page);
+            let is_run = is_run.next().unwrap_or(false);
+            let extends = self.next_stable(id, &calm, plan);
+            if let Some(next) = extends {
+                plan.stable.push((calm.page, next));
             } else if let Some(peer) = peer
+                && !is_run
                 && place.is_some_and(|place| self.stable.is_empty(place))
             {
                 plan.pair((calm.page, calm.fingerprint), (peer, calm.page));
             } else {
-                elsewhere.push(calm);
+                self.find_elsewhere(id, calm, plan);
             }
-        }
-        elsewhere.sort_unstable_by_key(|calm| calm.page);
-        self.hasten_runs(id, &mut elsewhere);
-        for calm in elsewhere {
-            self.find_elsewhere(id, calm, plan);
         }
         if plan.base.is_some() {
             self.plan_known(inside, page, plan);
@@ -241,23 +248,29 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Has ascending calm pages mapped at once that are a long run of another region's pages, or of the
-    /// pool's: it takes one mapping, even if each of them is to have a place of its own later.
-    fn hasten_runs(&self, id: RegionId, calm: &mut [Calm]) {
-        let equals: Vec<(u32, Option<Equal>)> = calm
+    /// pool's: it takes one mapping. Tells which are a run of the pool's: to fill the places of these too
+    /// would take a page for each.
+    fn hasten_runs(&self, id: RegionId, open: &mut [(Calm, Option<RegionId>)]) -> Vec<bool> {
+        let equals: Vec<(u32, Option<Equal>)> = open
             .iter()
-            .map(|calm| (calm.page, self.equal_of(id, calm)))
+            .map(|(calm, _)| (calm.page, self.equal_of(id, calm)))
             .collect();
         let is_next = |a: &(u32, Option<Equal>), b: &(u32, Option<Equal>)| {
             a.0 + 1 == b.0 && a.1.is_some_and(|equal| b.1 == Some(equal.next()))
         };
-        let mut rest = calm;
+        let mut is_run = Vec::with_capacity(open.len());
+        let mut rest = open;
         for run in runs(&equals, usize::MAX, is_next) {
             let (mine, others) = rest.split_at_mut(run.len());
-            if run.len() >= RUN_PAGES_MIN {
-                mine.iter_mut().for_each(|calm| calm.may_map = true);
+            let is_long = run.len() >= RUN_PAGES_MIN;
+            if is_long {
+                mine.iter_mut().for_each(|(calm, _)| calm.may_map = true);
             }
+            let is_stable = matches!(run[0].1, Some(Equal::Stable(_)));
+            is_run.resize(is_run.len() + run.len(), is_long && is_stable);
             rest = others;
         }
+        is_run
     }
 
     /// Where an equal of a calm page is known.
@@ -269,6 +282,22 @@ impl<B: Backing> Scanner<B> {
             .or_else(|| other().map(|(id, page)| Equal::Unstable(id, page)))
     }
 
+    /// A stable page that lengthens what a neighbour of an equal page is mapped to, or is about to be.
+    /// It takes no mapping of its own, so it need not wait until the page was calm for long.
+    fn next_stable(&self, id: RegionId, calm: &Calm, plan: &Plan) -> Option<PoolPage> {
+        let is_left_out = matches!(
+            self.attached.get(&id)?.items.state(calm.page),
+            PageState::LeftOut { .. }
+        );
+        if self.vmas.are_refused() || is_left_out && !self.vmas.have_plenty() {
+            return None;
+        }
+        let last = plan.stable.last().filter(|last| last.0 + 1 == calm.page);
+        let last = last.map(|&(_, place)| place.plus(1));
+        let mut next = last.into_iter().chain(self.next_places(id, calm.page));
+        next.find(|&place| self.stable.fingerprint(place) == Some(calm.fingerprint))
+    }
+
     /// Looks for an equal of a page at any other place.
     fn find_elsewhere(&mut self, id: RegionId, calm: Calm, plan: &mut Plan) {
         let (page, fingerprint) = (calm.page, calm.fingerprint);
@@ -277,12 +306,18 @@ impl<B: Backing> Scanner<B> {
         if is_left_out && !self.vmas.have_plenty() {
             // It was tried, and costs more than it saves as long as it stays as it is.
         } else if !calm.may_map || self.vmas.are_refused() {
-            let has_equal = stable.is_some()
-                || plan.founding.contains(&fingerprint)
-                || self.unstable.another(fingerprint, (id, page)).is_some();
-            if has_equal {
+            let checksum = fingerprint.checksum();
+            let other = self.unstable.another(fingerprint, (id, page));
+            let only = self.unstable.only_other(fingerprint, (id, page));
+            let younger = only.filter(|only| only.0 > id && stable.is_none());
+            if let Some((other, other_page)) = younger {
+                // The index keeps the oldest, whose place it is to be.
+                self.keep_candidate(id, page, fingerprint);
+                let attached = self.attached(other).into_iter();
+                let alone = attached.filter(|it| it.is_alone(other_page, checksum));
+                alone.for_each(|it| it.will_map(other_page, checksum));
+            } else if stable.is_some() || plan.founding.contains(&fingerprint) || other.is_some() {
                 // Not in the index: the one that is known there must be found then.
-                let checksum = fingerprint.checksum();
                 let attached = self.attached(id).into_iter();
                 attached.for_each(|attached| attached.will_map(page, checksum));
             } else {

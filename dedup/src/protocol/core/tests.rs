@@ -547,6 +547,7 @@ proptest! {
 }
 
 mod basing;
+mod elsewhere;
 mod failing;
 mod mappings;
 mod orders;
