@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::wait::{PATIENCE, wait_until};
 
+/// How the names of groups begin that [`MemoryGroup::new`] makes; the maker's process id follows.
+const PREFIX: &str = "samepage-test-";
+
 /// Tells the groups of one test program apart.
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -88,15 +91,53 @@ impl Hierarchy {
     }
 }
 
+impl Hierarchy {
+    /// Removes groups whose makers are gone. One that a process is still in stays for the next time.
+    ///
+    /// A maker whose id another process has by now looks alive: its groups stay for longer.
+    fn remove_stale(&self) {
+        let entries = fs::read_dir(&self.parent).into_iter().flatten().flatten();
+        for entry in entries {
+            let name = entry.file_name();
+            let maker = name.to_str().and_then(maker_of);
+            if maker.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+                remove_group(&entry.path());
+            }
+        }
+    }
+}
+
+/// The process that made a group of this name.
+fn maker_of(name: &str) -> Option<u32> {
+    let (pid, number) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    number.parse::<u32>().ok()?;
+    pid.parse().ok()
+}
+
+/// Removes a group and those below it, as far as they have no processes. What does not go is left.
+fn remove_group(directory: &Path) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    below.for_each(|group| remove_group(&group.path()));
+    if let Err(error) = fs::remove_dir(directory) {
+        eprintln!(
+            "{}: left by a test that was killed: {error}",
+            directory.display()
+        );
+    }
+}
+
 impl MemoryGroup {
-    /// Makes a group with a limit; `None`, with a word of why, where that is not possible.
+    /// Makes a group with a limit; `None`, with a word of why, where that is not possible. Groups of
+    /// test programs that were killed are removed first.
     pub fn new(limit_bytes: u64) -> Option<MemoryGroup> {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("samepage-test-{}-{number}", std::process::id());
+        let name = format!("{PREFIX}{}-{number}", std::process::id());
         let hierarchies = Hierarchy::all()
             .inspect_err(|reason| eprintln!("no memory cgroup: {reason}"))
             .unwrap_or_default();
         for hierarchy in hierarchies {
+            hierarchy.remove_stale();
             match MemoryGroup::make(&hierarchy, &name, limit_bytes) {
                 Ok(group) => return Some(group),
                 Err(error) => eprintln!("no memory cgroup in {hierarchy:?}: {error}"),
@@ -259,5 +300,32 @@ impl Drop for MemoryGroup {
         } else {
             wait_until("the group's processes have ended", PATIENCE, gone);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn groups_of_programs_that_were_killed_are_removed_and_others_are_not() {
+        let Some(alive) = MemoryGroup::new(1 << 30) else {
+            return;
+        };
+        let mut dead = Command::new("true").spawn().expect("a process");
+        dead.wait().expect("its end");
+        let parent = alive.directory().parent().expect("a hierarchy");
+        let stale = parent.join(format!("{PREFIX}{}-7", dead.id()));
+        fs::create_dir_all(stale.join("below")).expect("a group in a group");
+        let other = parent.join(format!("{PREFIX}named-{}", dead.id()));
+        fs::create_dir(&other).expect("a group");
+
+        let next = MemoryGroup::new(1 << 30).expect("another group");
+        assert!(!stale.exists());
+        assert!(alive.directory().exists() && next.directory().exists());
+        assert!(other.exists(), "who made it is not known");
+        fs::remove_dir(&other).expect("it is empty");
     }
 }

@@ -84,7 +84,7 @@ mod held_file;
 
 #[cfg(test)]
 mod tests {
-    use super::held_file::{HeldFile, Reads, Silence};
+    use super::held_file::{HeldFile, Reads, Silence, own_mounts};
     use super::*;
     use crate::admission::GivenUp;
     use crate::guard::Watch;
@@ -138,6 +138,7 @@ mod tests {
     fn a_file_on_a_slow_file_system_is_whole_while_the_engine_merges() {
         let length = 16 * 4096;
         let content: Vec<u8> = (1..=251).cycle().take(length).collect();
+        own_mounts();
         let file = HeldFile::mount(content.clone(), Reads::Direct);
         let settings = dedup::Settings {
             run: dedup::Run::Stop,

@@ -1,5 +1,8 @@
 //! A file on a real FUSE file system that stops answering when a test wants it to.
 //!
+//! It is mounted where the test alone, and what it starts, sees it ([`own_mounts`]): the kernel takes
+//! it away with the last of them, also when the test is killed.
+//!
 //! Its file system answers what it kept back, and is unmounted, when this is dropped: a thread that
 //! waits for it cannot be killed before. So a test makes it after the server that is to use it.
 
@@ -13,6 +16,8 @@ use fuser::{
     BackgroundSession, FUSE_ROOT_ID, FileAttr, FileType, Filesystem, MountOption, ReplyAttr,
     ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, Request,
 };
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use tempfile::NamedTempFile;
 
 /// How long the kernel may keep what it was told of the file.
@@ -25,6 +30,14 @@ pub(crate) enum Reads {
     Cached,
     /// By asking each time. A thread that waits for the answer cannot be killed.
     Direct,
+}
+
+/// Gives this thread, and the processes that it starts from now on, mounts of their own.
+pub(crate) fn own_mounts() {
+    unshare(CloneFlags::CLONE_NEWNS).expect("this test needs the right to have mounts of its own");
+    // Else what is mounted here is mounted there too.
+    let alone = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, alone, None::<&str>).expect("mounts of its own");
 }
 
 /// A mounted file.
@@ -90,7 +103,7 @@ impl Held {
 }
 
 impl HeldFile {
-    /// Mounts a file that holds `content`, and answers at once.
+    /// Mounts a file that holds `content`, and answers at once. After [`own_mounts`].
     pub(crate) fn mount(content: Vec<u8>, reads: Reads) -> HeldFile {
         let mount = || -> io::Result<HeldFile> {
             let mounted_on = NamedTempFile::new()?;

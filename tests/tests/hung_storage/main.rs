@@ -48,6 +48,8 @@ struct Host {
 
 impl Host {
     fn start() -> Host {
+        // Before the server is there, which has to see them.
+        held_file::own_mounts();
         Host {
             server: Server::start(&["--domain", "ci"]),
             kernel: KernelFile::new(&READER.code_that_tells()),
@@ -194,6 +196,24 @@ fn a_hung_disk_holds_up_nobody(access: Access) {
         Access::Read | Access::Flush => content(),
     };
     assert!(disk.content() == expected, "the disk holds something else");
+}
+
+#[test]
+fn nobody_else_sees_a_held_file_so_that_none_is_left_by_a_test_that_is_killed() {
+    if !kvm::is_present() {
+        return;
+    }
+    held_file::own_mounts();
+    let disk = HeldFile::mount(content(), Reads::Cached);
+    assert_eq!(std::fs::read(disk.path()).expect("it answers"), content());
+    let is_mounted_for = |process: &str| {
+        let mounts = std::fs::read_to_string(format!("/proc/{process}/mountinfo"));
+        let mounts = mounts.expect("this is Linux");
+        mounts.contains(&format!(" {} ", disk.path().display()))
+    };
+    assert!(is_mounted_for("thread-self"));
+    let parent = std::os::unix::process::parent_id();
+    assert!(!is_mounted_for(&parent.to_string()));
 }
 
 #[test]
