@@ -111,3 +111,45 @@ fn client_that_does_not_read_does_not_hold_up_the_servers_end() {
     assert_eq!(server.stop(Signal::TERM).code(), Some(0));
     drop(deaf);
 }
+
+#[test]
+fn client_that_reads_too_late_is_told_how_much_it_missed() {
+    const PIECES: u16 = 128;
+    const PIECE_BYTES: usize = 4096;
+    if !kvm::is_present() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let [low, high] = PIECES.to_le_bytes();
+    let chatter = KernelFile::new(&[
+        0xbf, low, high, 0x00, 0x00, // mov edi, PIECES
+        0xbe, 0x00, 0x00, 0x10, 0x00, // 1: mov esi, 0x100000
+        0xb9, 0x00, 0x10, 0x00, 0x00, // mov ecx, PIECE_BYTES
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xf3, 0x6e, // rep outsb
+        0xff, 0xcf, 0x75, 0xec, // dec edi; jnz 1b
+        0xb0, 0xfe, 0xe6, 0x64, // mov al, 0xfe; out 0x64, al
+        0xf4, 0xeb, 0xfd, // 2: hlt; jmp 2b
+    ]);
+    put_vm(&server, "a", &chatter);
+    let mut late = open_stream(&server, "a");
+    let start = r#"{"action_type": "InstanceStart"}"#;
+    server.done("PUT", "/vms/a/actions", start);
+    wait_until("the guest has said all", PATIENCE, || {
+        server.call("GET", "/vms/a", "").json()["state"] == "Ended"
+    });
+    // Each byte a character: what it prints is its own code.
+    let read: String = late.read_to_end().into_iter().map(char::from).collect();
+    let mut parts = read.split("\r\n[samepage: ");
+    let mut bytes = parts.next().expect("the beginning").chars().count();
+    let mut lost_bytes = 0;
+    for part in parts {
+        let (lost, rest) = part
+            .split_once(" bytes of output are lost]\r\n")
+            .expect("a note");
+        lost_bytes += lost.parse::<usize>().expect("a number");
+        bytes += rest.chars().count();
+    }
+    assert!(lost_bytes > 0, "{bytes} bytes were read");
+    assert_eq!(bytes + lost_bytes, usize::from(PIECES) * PIECE_BYTES);
+}

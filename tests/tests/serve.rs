@@ -103,6 +103,32 @@ fn write_past_the_limit_of_file_sizes_is_an_error_of_its_guest_and_not_the_serve
     assert_eq!(server.call("GET", "/version", "").status, 200);
 }
 
+#[test]
+fn drive_in_a_format_that_is_not_raw_is_served_with_a_warning_that_names_the_format() {
+    if !kvm::is_present() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (log, image) = (directory.path().join("log"), directory.path().join("image"));
+    let server = Server::start_after(&format!("exec 2>'{}'", log.display()), &[]);
+    for (id, head, format) in [
+        ("cow", b"QFI\xfb\0\0\0\x03", "qcow2"),
+        ("virtual", b"conectix", "VHD"),
+    ] {
+        std::fs::write(&image, [&head[..], &[0; 504]].concat()).unwrap();
+        let drive = json!({ "drive_id": id, "path_on_host": image, "is_root_device": false });
+        let config = json!({
+            "boot-source": { "kernel_image_path": "builtin:pageload" },
+            "drives": [drive],
+        });
+        server.done("PUT", &format!("/vms/{id}"), &config.to_string());
+        let logged = std::fs::read_to_string(&log).unwrap();
+        let mut lines = logged.lines();
+        let named = lines.any(|line| line.contains(id) && line.contains(&format!("a {format} ")));
+        assert!(named, "{logged}");
+    }
+}
+
 /// Session and terminal of a process: fields 6 and 7 of its `stat` (proc(5)).
 fn session_and_terminal(pid: u32) -> (String, String) {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
