@@ -397,3 +397,24 @@ impl Roster {
         Ok(monitor)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn config_that_is_no_good_is_refused_before_a_monitor_is_wanted() {
+        let door = FrontDoor::new(dedup::Settings::default());
+        // From now on it makes none.
+        door.close();
+        let refused = |config: &VmConfig| {
+            let id = "a".parse().unwrap();
+            let request = Request::CreateVm(id, Box::new(config.clone()));
+            door.handle(request).unwrap_err().status
+        };
+        let mut config = VmConfig::new("builtin:pageload");
+        assert_eq!(refused(&config), StatusCode::SERVICE_UNAVAILABLE);
+        config.machine_config.vcpu_count = 0;
+        assert_eq!(refused(&config), StatusCode::BAD_REQUEST);
+    }
+}

@@ -256,10 +256,15 @@ mod tests {
     fn path_may_be_as_long_as_the_kernel_takes() {
         let dir = tempfile::tempdir().unwrap();
         // `sun_path` has 108 bytes, the last of them a zero.
-        let name = "s".repeat(107 - dir.path().as_os_str().len() - 1);
-        let path = dir.path().join(name);
-        let (_socket, _listener) = ApiSocket::bind(&path).unwrap();
-        UnixStream::connect(&path).unwrap();
+        let left = 107 - dir.path().as_os_str().len() - "/".len();
+        // Of these two the second one leaves no room for a longer name beside the socket's.
+        let parent = dir.path().join("d".repeat(left - "/s".len()));
+        std::fs::create_dir(&parent).unwrap();
+        for path in [dir.path().join("s".repeat(left)), parent.join("s")] {
+            assert_eq!(path.as_os_str().len(), 107);
+            let (_socket, _listener) = ApiSocket::bind(&path).unwrap();
+            UnixStream::connect(&path).unwrap();
+        }
     }
 
     #[test]
