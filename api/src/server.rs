@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,7 +82,7 @@ pub async fn serve(
     loop {
         tokio::select! {
             () = &mut stop => break,
-            stream = accept(&listener) => connections.add(stream, |stream, turn| {
+            (stream, _) = accept(|| listener.accept()) => connections.add(stream, |stream, turn| {
                 let shared = (backend.clone(), streams.clone());
                 converse(stream, turn, shared, stopped.clone())
             }),
@@ -108,12 +109,15 @@ pub async fn serve(
     Ok(())
 }
 
-/// The next connection.
-async fn accept(listener: &UnixListener) -> UnixStream {
+/// The next connection that `accept_one` gives.
+async fn accept<C, F>(mut accept_one: impl FnMut() -> F) -> C
+where
+    F: Future<Output = io::Result<C>>,
+{
     let mut retry = ACCEPT_RETRY;
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) => return stream,
+        match accept_one().await {
+            Ok(connection) => return connection,
             // Out of file descriptors: the next try may find one again.
             Err(error) => {
                 if retry == ACCEPT_RETRY {
@@ -295,4 +299,36 @@ async fn discard(mut body: Incoming) {
     };
     // Either way the connection is closed afterwards.
     let _ = tokio::time::timeout(DISCARD_MAX_TIME, all).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn without_descriptors_it_is_tried_again_once_a_second_and_no_more() {
+        let mut tries = 0;
+        let accepting = accept(|| {
+            tries += 1;
+            assert!(tries < 10_000, "it is tried again and again");
+            async { Err::<(), _>(io::Error::from_raw_os_error(libc::EMFILE)) }
+        });
+        // The runtime's clock goes on when all wait.
+        let minute = Duration::from_secs(60);
+        tokio::time::timeout(minute, accepting).await.unwrap_err();
+        assert!((60..=70).contains(&tries), "{tries}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connection_is_there_when_there_is_a_descriptor_again() {
+        let mut tries = 0;
+        let accepted = accept(|| {
+            tries += 1;
+            std::future::ready(match tries {
+                1..5 => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+                _ => Ok("a client"),
+            })
+        });
+        assert_eq!(accepted.await, "a client");
+    }
 }
