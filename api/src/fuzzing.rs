@@ -3,6 +3,8 @@
 //! Nothing here reaches a monitor: a configuration names files, and one that a fuzzer made up could
 //! name the host's.
 
+pub mod config_mutator;
+
 use std::convert::Infallible;
 
 use http_body_util::Full;
