@@ -110,6 +110,14 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
 
+    /// Give each VM a socket of its own in this directory, DIR/ID.sock, with Firecracker's API
+    ///
+    /// An unmodified client of Firecracker drives the VM there, piece by piece from
+    /// PUT /machine-config on: create the VM first, as in `samepage launch ID --no-start`. The directory
+    /// is made if it is missing. With --state-dir it is DIR/vms of that unless it is given.
+    #[arg(long, value_name = "DIR")]
+    pub vm_sockets: Option<PathBuf>,
+
     /// With --state-dir: make a memory cgroup for each merge domain in this one, version 1 or 2, with
     /// the domain's budget as its limit; it must have no processes of its own
     #[arg(long, value_name = "DIR", requires = "state_dir")]
@@ -177,12 +185,13 @@ pub struct RunArgs {
 Examples:
   samepage launch web1 --merge-domain web --kernel vmlinux --initrd initramfs.cpio
   samepage launch web2 --config vm.json
-  samepage launch web3 --config vm.json --no-start")]
+  samepage launch web3 --config vm.json --no-start
+  samepage launch web4 --no-start   # a client of Firecracker configures and starts it")]
 pub struct LaunchArgs {
     /// The new VM's id: 1 to 64 characters of A-Z a-z 0-9 _ -
     pub id: VmId,
 
-    /// Create it, but do not start it
+    /// Create it, but do not start it; it then needs no kernel yet
     #[arg(long)]
     pub no_start: bool,
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 use tokio::task::{AbortHandle, JoinSet};
 
-/// Most connections at a time, console streams not counted. It bounds what all of them can have
-/// buffered: a head and a body each.
+/// Most connections of the server's own socket at a time, console streams not counted. It bounds what all
+/// of them can have buffered: a head and a body each.
 pub const CONNECTIONS_MAX: usize = 512;
 
 /// What a connection too many is told, before it is closed.
@@ -21,8 +21,9 @@ const TOO_MANY: &[u8] = b"HTTP/1.1 503 \r\nServer: Firecracker API\r\nConnection
 /// When one comes too many, the one goes whose client has let the server wait for longest: it is idle,
 /// or sends its request slowly. Rejected: to refuse the new one. Some hundred clients that send nothing
 /// would keep all others out.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Connections {
+    most: usize,
     tasks: JoinSet<()>,
     open: Vec<(AbortHandle, Arc<Turn>)>,
 }
@@ -65,6 +66,15 @@ impl Turn {
 }
 
 impl Connections {
+    /// None yet, and `most` at a time.
+    pub(crate) fn at_most(most: usize) -> Connections {
+        Connections {
+            most,
+            tasks: JoinSet::new(),
+            open: Vec::new(),
+        }
+    }
+
     /// Has `converse` talk to a client, if there is room or can be made.
     pub(crate) fn add<F>(
         &mut self,
@@ -75,7 +85,7 @@ impl Connections {
     {
         while self.tasks.try_join_next().is_some() {}
         self.open.retain(|(task, _)| !task.is_finished());
-        if self.open.len() >= CONNECTIONS_MAX && !self.cut_one() {
+        if self.open.len() >= self.most && !self.cut_one() {
             // A client that does not read it loses it: nothing waits for one.
             let _ = stream.try_write(TOO_MANY);
             return;
@@ -120,7 +130,7 @@ mod tests {
 
     #[tokio::test]
     async fn connection_that_let_the_server_wait_for_longest_goes_for_a_new_one() {
-        let mut connections = Connections::default();
+        let mut connections = Connections::at_most(CONNECTIONS_MAX);
         let _clients: Vec<_> = (0..CONNECTIONS_MAX)
             .map(|_| add(&mut connections))
             .collect();
@@ -142,7 +152,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_more_is_refused_where_all_requests_are_in_hand() {
-        let mut connections = Connections::default();
+        let mut connections = Connections::at_most(CONNECTIONS_MAX);
         let _clients: Vec<_> = (0..CONNECTIONS_MAX)
             .map(|_| add(&mut connections))
             .collect();

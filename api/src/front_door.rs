@@ -14,10 +14,11 @@
 //! that two patches at once are both done; never while anything waits. No other lock of ours is
 //! taken under it.
 
-use std::collections::BTreeMap;
+mod roster;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hyper::StatusCode;
 use tokio::sync::OwnedSemaphorePermit;
 use vmm::config::VmConfig;
 use vmm::{Console, MergeDomain, Monitor, MonitorError, VmId};
@@ -30,6 +31,7 @@ use crate::model::{Domain, Version, VmDescription};
 use crate::places::Places;
 use crate::reply::Reply;
 use crate::request::{ActionType, DesiredState, MergePatch, Request};
+use roster::{Residence, Roster};
 
 /// All VMs and merge domains of one server.
 #[derive(Debug)]
@@ -42,20 +44,6 @@ pub struct FrontDoor {
     only: Option<DomainName>,
     /// Where the ends of what consoles show are kept, if they are.
     tails: Option<ConsoleTails>,
-}
-
-#[derive(Debug, Default)]
-struct Roster {
-    domains: BTreeMap<DomainName, Residence>,
-    vms: BTreeMap<VmId, DomainName>,
-    is_closed: bool,
-}
-
-#[derive(Debug)]
-struct Residence {
-    monitor: Arc<Monitor>,
-    /// Stays when its last VM goes.
-    is_declared: bool,
 }
 
 impl FrontDoor {
@@ -127,7 +115,7 @@ impl FrontDoor {
     /// What the client did wrong, or 500.
     pub fn handle(&self, request: Request) -> Result<Reply, Fault> {
         match request {
-            Request::Version => Reply::json(&Version::current()),
+            Request::Version | Request::VmVersion(_) => Reply::json(&Version::current()),
             Request::OpenApi => Ok(Reply::Json(crate::OPENAPI_JSON.into())),
             Request::ListVms => Reply::json(&self.list_vms()),
             Request::CreateVm(id, config) => self.create(&id, *config),
@@ -149,6 +137,10 @@ impl FrontDoor {
                 let monitor = self.monitor_of(&id)?;
                 Reply::json(&monitor.config(&id).map_err(|e| refusal(&e))?)
             }
+            Request::DescribeMachine(id) => {
+                let config = self.monitor_of(&id)?.config(&id).map_err(|e| refusal(&e))?;
+                Reply::json(&config.machine_config)
+            }
             Request::DescribeVmMerge(id) => {
                 let monitor = self.monitor_of(&id)?;
                 Reply::json(&merge_report::vm(&monitor, &id).map_err(|e| refusal(&e))?)
@@ -168,6 +160,11 @@ impl FrontDoor {
     /// 404 if there is no such VM.
     pub fn console(&self, id: &VmId) -> Result<Console, Fault> {
         self.monitor_of(id)?.console(id).map_err(|e| refusal(&e))
+    }
+
+    /// The VMs there are.
+    pub fn vm_ids(&self) -> BTreeSet<VmId> {
+        self.roster().vms.keys().cloned().collect()
     }
 
     /// Refuses new VMs, ends all there are, and closes every domain.
@@ -338,68 +335,10 @@ impl FrontDoor {
     }
 }
 
-impl Roster {
-    /// Puts `id` on the roster and gives the monitor that is to create it.
-    fn admit(
-        &mut self,
-        id: &VmId,
-        name: &DomainName,
-        settings: &dedup::Settings,
-    ) -> Result<Arc<Monitor>, Fault> {
-        if self.vms.contains_key(id) {
-            return Err(Fault::conflict(format!("vm {id}: already exists")));
-        }
-        let monitor = self.open(name, settings)?;
-        self.vms.insert(id.clone(), name.clone());
-        Ok(monitor)
-    }
-
-    /// Takes `id` off the roster; gives its domain's monitor if that is now of no use.
-    fn dismiss(&mut self, id: &VmId) -> Option<Arc<Monitor>> {
-        let name = self.vms.remove(id)?;
-        let is_used = self.vms.values().any(|used| *used == name)
-            || self
-                .domains
-                .get(&name)
-                .is_none_or(|residence| residence.is_declared);
-        if is_used {
-            return None;
-        }
-        self.domains
-            .remove(&name)
-            .map(|residence| residence.monitor)
-    }
-
-    /// The domain's monitor, made now if there is none.
-    fn open(
-        &mut self,
-        name: &DomainName,
-        settings: &dedup::Settings,
-    ) -> Result<Arc<Monitor>, Fault> {
-        if self.is_closed {
-            return Err(Fault {
-                status: StatusCode::SERVICE_UNAVAILABLE,
-                ..Fault::internal("the server is stopping")
-            });
-        }
-        if let Some(residence) = self.domains.get(name) {
-            return Ok(Arc::clone(&residence.monitor));
-        }
-        let label = name.to_label().map_err(Fault::internal)?;
-        let monitor = Monitor::new(label, settings.clone())
-            .map_err(|error| Fault::internal(format!("merge domain {name}: {error}")))?;
-        let monitor = Arc::new(monitor);
-        let residence = Residence {
-            monitor: Arc::clone(&monitor),
-            is_declared: false,
-        };
-        self.domains.insert(name.clone(), residence);
-        Ok(monitor)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use hyper::StatusCode;
+
     use super::*;
 
     #[test]

@@ -19,6 +19,7 @@ use crate::fault::{Fault, FaultBody};
 use crate::http10::Relabeller;
 use crate::reply::Reply;
 use crate::request::Request;
+use crate::request_body;
 use crate::route::route;
 use crate::server;
 
@@ -125,7 +126,7 @@ fn converse(bytes: &[u8], piece_bytes: usize) -> Vec<u8> {
 /// The request, as it was understood.
 async fn answer(request: hyper::Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let (parts, body) = request.into_parts();
-    let reply = server::read_body(body)
+    let reply = request_body::read_body(body)
         .await
         .and_then(|body| route(&parts.method, parts.uri.path(), &body))
         .map(|request| Reply::Text(format!("{request:?}").into_bytes()));

@@ -19,7 +19,8 @@
 //! | [`front_door`] | which monitor serves which VM, and what each request does there |
 //! | [`merge_report`] | what is told of merging, by the engine and by kernel KSM |
 //! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
-//! | [`server`], [`socket`], [`console_stream`] | the unix socket and HTTP on it |
+//! | [`server`], [`socket`], [`request_body`], [`console_stream`] | the unix socket and HTTP on it |
+//! | [`vm_sockets`], [`firecracker`] | a socket for each VM, and Firecracker's replies on it |
 //! | [`console_tails`] | what consoles showed last, for when their monitor is gone |
 //! | [`connections`], [`places`] | how many connections there may be, and requests in hand at a time |
 //! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
@@ -33,7 +34,8 @@
 //! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
 //!
 //! # Locks
-//! Three of our own, `FrontDoor`'s roster, its lock of patches and its places, one at a time; see
+//! The VMs' sockets are under a lock that the backend's roster is taken under, see [`vm_sockets`].
+//! Else three of our own, `FrontDoor`'s roster, its lock of patches and its places, one at a time; see
 //! [`front_door`]. Where domains are processes there is none of these but a gateway's, in its order:
 //! a domain's `monitor`, then the roster; see [`domains::gateway`].
 //! No lock of a monitor is taken under the roster but those inside `Monitor::new`, and under the
@@ -57,6 +59,7 @@ pub mod doctor;
 pub mod domain_name;
 pub mod domains;
 pub mod fault;
+pub mod firecracker;
 pub mod front_door;
 #[cfg(test)]
 #[path = "../../tests/fuzz/seeds.rs"]
@@ -72,6 +75,7 @@ pub mod note;
 pub mod places;
 pub mod reply;
 pub mod request;
+pub mod request_body;
 pub mod route;
 pub mod server;
 pub mod signals;
@@ -80,6 +84,7 @@ pub mod table;
 pub mod terminal;
 pub mod unreadable;
 pub mod vm_args;
+pub mod vm_sockets;
 pub mod wire;
 
 /// The OpenAPI document of this API, as `GET /openapi.json` serves it.

@@ -24,8 +24,7 @@ pub enum Request {
     DeleteVm(VmId),
     /// `PUT /vms/{id}/actions`
     ActOnVm(VmId, ActionType),
-    /// `PUT /vms/{id}/entropy` and `PUT /vms/{id}/network-interfaces/{iface_id}`: a part of the
-    /// configuration, before the start
+    /// `PUT /vms/{id}/boot-source` and the like: a part of the configuration, before the start
     ConfigureVm(VmId, Box<ConfigPart>),
     /// `PATCH /vms/{id}/network-interfaces/{iface_id}`
     LimitNetwork(VmId, Box<NetworkPatch>),
@@ -33,6 +32,10 @@ pub enum Request {
     SetVmState(VmId, DesiredState),
     /// `GET /vms/{id}/config` and, as Firecracker names it, `GET /vms/{id}/vm/config`
     DescribeVmConfig(VmId),
+    /// `GET /vms/{id}/machine-config`
+    DescribeMachine(VmId),
+    /// `GET /vms/{id}/version`
+    VmVersion(VmId),
     /// `GET /vms/{id}/merge`
     DescribeVmMerge(VmId),
     /// `GET /vms/{id}/console`
@@ -63,6 +66,8 @@ impl Request {
             | Request::LimitNetwork(id, _)
             | Request::SetVmState(id, _)
             | Request::DescribeVmConfig(id)
+            | Request::DescribeMachine(id)
+            | Request::VmVersion(id)
             | Request::DescribeVmMerge(id)
             | Request::VmConsole(id) => Some(id),
         }

@@ -6,7 +6,7 @@ use hyper::Method;
 use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 use vmm::VmId;
-use vmm::config::{ConfigPart, NetworkInterface, NetworkPatch};
+use vmm::config::{ConfigPart, Drive, MachinePatch, NetworkInterface, NetworkPatch};
 
 use crate::domain_name::DomainName;
 use crate::fault::Fault;
@@ -19,8 +19,12 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/vms"),
     ("GET, PUT, DELETE", "/vms/{id}"),
     ("PUT", "/vms/{id}/actions"),
+    ("PUT", "/vms/{id}/boot-source"),
+    ("PUT", "/vms/{id}/drives/{drive_id}"),
     ("PUT", "/vms/{id}/entropy"),
+    ("GET, PATCH, PUT", "/vms/{id}/machine-config"),
     ("PATCH, PUT", "/vms/{id}/network-interfaces/{iface_id}"),
+    ("GET", "/vms/{id}/version"),
     ("PATCH", "/vms/{id}/vm"),
     ("GET", "/vms/{id}/vm/config"),
     ("GET", "/vms/{id}/config"),
@@ -28,6 +32,25 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/vms/{id}/console"),
     ("GET", "/merge"),
     ("GET, PATCH", "/merge/{domain}"),
+];
+
+/// What Firecracker has behind `/vms/{id}/` and Samepage does not: 400, as Firecracker refuses what
+/// it does not support, so that its clients understand it. Also `PATCH` of a drive.
+const UNSUPPORTED: &[&str] = &[
+    "balloon",
+    "balloon/hinting/start",
+    "balloon/hinting/status",
+    "balloon/hinting/stop",
+    "balloon/statistics",
+    "cpu-config",
+    "hotplug/memory",
+    "mmds",
+    "mmds/config",
+    "pmem/{id}",
+    "serial",
+    "snapshot/create",
+    "snapshot/load",
+    "vsock",
 ];
 
 /// Reads a request.
@@ -44,19 +67,22 @@ pub fn route(method: &Method, path: &str, body: &[u8]) -> Result<Request, Fault>
         .collect();
     let segments =
         segments.map_err(|error| Fault::bad_request(format!("{path}: not UTF-8: {error}")))?;
+    let call = Call { method, path, body };
+    if is_unsupported(&segments) {
+        return Err(call.unsupported());
+    }
     let (template, names) = template_of(&segments)
         .ok_or_else(|| Fault::not_found(format!("{method} {path}: no such path")))?;
     let name = names.first().copied().unwrap_or_default();
-    let call = Call { method, path, body };
+    let last = names.last().copied().unwrap_or_default();
     match template {
         "/version" => call.get(Request::Version),
         "/openapi.json" => call.get(Request::OpenApi),
         "/vms" => call.get(Request::ListVms),
         "/merge" => call.get(Request::ListDomains),
         "/merge/{domain}" => domain_request(&call, name),
-        "/vms/{id}/network-interfaces/{iface_id}" => {
-            network_request(&call, name, names.last().copied().unwrap_or_default())
-        }
+        "/vms/{id}/network-interfaces/{iface_id}" => network_request(&call, name, last),
+        "/vms/{id}/drives/{drive_id}" => drive_request(&call, name, last),
         _ => vm_request(&call, template, name),
     }
     .and_then(|request| request.ok_or_else(|| refuse_method(&call, template)))
@@ -64,19 +90,34 @@ pub fn route(method: &Method, path: &str, body: &[u8]) -> Result<Request, Fault>
 
 /// The route's template, and the texts that stand for its `{id}` and the like, in order.
 fn template_of<'a>(segments: &'a [Cow<'_, str>]) -> Option<(&'static str, Vec<&'a str>)> {
-    ROUTES.iter().find_map(|&(_, template)| {
-        let wanted: Vec<&str> = template.split('/').collect();
-        let mut names: Vec<&str> = Vec::new();
-        let fits = wanted.len() == segments.len()
-            && wanted.iter().zip(segments).all(|(&want, have)| {
-                if want.starts_with('{') {
-                    names.push(have);
-                    return true;
-                }
-                want == have
-            });
-        fits.then_some((template, names))
-    })
+    ROUTES
+        .iter()
+        .find_map(|&(_, template)| Some((template, names_in(template, segments)?)))
+}
+
+/// The texts that stand for the names in `template`, if `segments` fit it.
+fn names_in<'a>(template: &str, segments: &'a [Cow<'_, str>]) -> Option<Vec<&'a str>> {
+    let wanted: Vec<&str> = template.split('/').collect();
+    let mut names: Vec<&str> = Vec::new();
+    let fits = wanted.len() == segments.len()
+        && wanted.iter().zip(segments).all(|(&want, have)| {
+            if want.starts_with('{') {
+                names.push(have);
+                return true;
+            }
+            want == have
+        });
+    fits.then_some(names)
+}
+
+fn is_unsupported(segments: &[Cow<'_, str>]) -> bool {
+    let ["", "vms", _, of_vm @ ..] = &segments.iter().map(AsRef::as_ref).collect::<Vec<_>>()[..]
+    else {
+        return false;
+    };
+    let of_vm: Vec<Cow<'_, str>> = of_vm.iter().map(|&segment| segment.into()).collect();
+    let mut unsupported = UNSUPPORTED.iter();
+    unsupported.any(|template| names_in(template, &of_vm).is_some())
 }
 
 fn refuse_method(call: &Call<'_>, template: &str) -> Fault {
@@ -120,14 +161,50 @@ fn vm_id(name: &str) -> Result<VmId, Fault> {
         .map_err(|error| Fault::bad_request(format!("vm id {name:?}: {error}")))
 }
 
+/// Refuses a name in a body that is not the one of the path.
+fn same(field: &str, sent: &str, in_path: &str) -> Result<(), Fault> {
+    if sent == in_path {
+        return Ok(());
+    }
+    let message = format!("{field} {sent:?}: the path has {in_path:?}");
+    Err(Fault::bad_request(message))
+}
+
+fn drive_request(call: &Call<'_>, name: &str, drive_id: &str) -> Result<Option<Request>, Fault> {
+    let id = vm_id(name)?;
+    match *call.method {
+        Method::PUT => {
+            let drive: Drive = call.json()?;
+            same("drive_id", &drive.drive_id, drive_id)?;
+            let part = Box::new(ConfigPart::Drive(drive));
+            Ok(Some(Request::ConfigureVm(id, part)))
+        }
+        Method::PATCH => Err(call.unsupported()),
+        _ => Ok(None),
+    }
+}
+
+fn machine_request(call: &Call<'_>, id: VmId) -> Result<Option<Request>, Fault> {
+    let part = match *call.method {
+        Method::PUT => ConfigPart::Machine(call.json()?),
+        Method::PATCH => {
+            let patch: MachinePatch = call.json()?;
+            if patch == MachinePatch::default() {
+                let Call { method, path, .. } = call;
+                return Err(Fault::bad_request(format!(
+                    "{method} {path}: changes nothing"
+                )));
+            }
+            ConfigPart::MachinePatch(patch)
+        }
+        _ => return call.get(Request::DescribeMachine(id)),
+    };
+    Ok(Some(Request::ConfigureVm(id, Box::new(part))))
+}
+
 fn network_request(call: &Call<'_>, name: &str, iface_id: &str) -> Result<Option<Request>, Fault> {
     let id = vm_id(name)?;
-    let same = |sent: &str| match sent == iface_id {
-        true => Ok(()),
-        false => Err(Fault::bad_request(format!(
-            "iface_id {sent:?}: the path has {iface_id:?}"
-        ))),
-    };
+    let same = |sent: &str| same("iface_id", sent, iface_id);
     match *call.method {
         Method::PUT => {
             let interface: NetworkInterface = call.json()?;
@@ -159,6 +236,11 @@ fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Requ
             let ActionBody { action_type } = call.json()?;
             Ok(Some(Request::ActOnVm(id, action_type)))
         }
+        ("/vms/{id}/boot-source", &Method::PUT) => {
+            let part = Box::new(ConfigPart::BootSource(call.json()?));
+            Ok(Some(Request::ConfigureVm(id, part)))
+        }
+        ("/vms/{id}/machine-config", _) => machine_request(call, id),
         ("/vms/{id}/entropy", &Method::PUT) => {
             let part = Box::new(ConfigPart::Entropy(call.json()?));
             Ok(Some(Request::ConfigureVm(id, part)))
@@ -169,6 +251,7 @@ fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Requ
         }
         ("/vms/{id}", _) => call.get(Request::DescribeVm(id)),
         ("/vms/{id}/config" | "/vms/{id}/vm/config", _) => call.get(Request::DescribeVmConfig(id)),
+        ("/vms/{id}/version", _) => call.get(Request::VmVersion(id)),
         ("/vms/{id}/merge", _) => call.get(Request::DescribeVmMerge(id)),
         ("/vms/{id}/console", _) => call.get(Request::VmConsole(id)),
         _ => Ok(None),
@@ -189,6 +272,11 @@ impl Call<'_> {
         }
         self.refuse_body()?;
         Ok(Some(request))
+    }
+
+    fn unsupported(&self) -> Fault {
+        let Call { method, path, .. } = self;
+        Fault::bad_request(format!("{method} {path}: not supported yet"))
     }
 
     fn refuse_body(&self) -> Result<(), Fault> {

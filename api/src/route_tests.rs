@@ -27,6 +27,12 @@ fn body_for(method: &Method, template: &str) -> &'static str {
     match (method, template) {
         (&Method::PUT, "/vms/{id}") => CONFIG,
         (&Method::PUT, "/vms/{id}/actions") => r#"{"action_type": "InstanceStart"}"#,
+        (&Method::PUT, "/vms/{id}/boot-source") => r#"{"kernel_image_path": "k"}"#,
+        (&Method::PUT, "/vms/{id}/drives/{drive_id}") => {
+            r#"{"drive_id": "root", "path_on_host": "d", "is_root_device": true}"#
+        }
+        (&Method::PUT, "/vms/{id}/machine-config") => r#"{"vcpu_count": 1, "mem_size_mib": 9}"#,
+        (&Method::PATCH, "/vms/{id}/machine-config") => r#"{"mem_size_mib": 9}"#,
         (&Method::PUT, "/vms/{id}/entropy") => r#"{"rate_limiter": null}"#,
         (&Method::PUT, "/vms/{id}/network-interfaces/{iface_id}") => {
             r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#
@@ -43,12 +49,16 @@ fn every_route_takes_its_methods_and_no_other() {
     for (methods, template) in ROUTES {
         let path = template.replace("{id}", "a-1").replace("{domain}", "ci");
         let path = path.replace("{iface_id}", "eth0");
+        let path = path.replace("{drive_id}", "root");
         for method in METHODS {
             let answer = routed(&method, &path, body_for(&method, template));
             if methods.split(", ").any(|known| known == method.as_str()) {
                 answer.unwrap_or_else(|fault| panic!("{method} {path}: {fault:?}"));
             } else {
                 let fault = answer.expect_err("method should be refused");
+                if fault.message.contains("not supported yet") {
+                    continue;
+                }
                 assert_eq!(
                     fault.status,
                     StatusCode::METHOD_NOT_ALLOWED,
@@ -287,4 +297,41 @@ fn an_interface_has_the_same_name_in_path_and_body() {
     assert!(matches!(taken, Ok(Request::ConfigureVm(..))));
     let fault = fault(&Method::PUT, &format!("{path}/eth1"), body);
     assert_eq!(fault.message, r#"iface_id "eth0": the path has "eth1""#);
+}
+
+#[test]
+fn a_drive_has_the_same_name_in_path_and_body() {
+    let body = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": false}"#;
+    let fault = fault(&Method::PUT, "/vms/a/drives/b", body);
+    assert_eq!(fault.message, r#"drive_id "a": the path has "b""#);
+}
+
+#[test]
+fn what_firecracker_has_and_samepage_does_not_is_400() {
+    for (method, path) in [
+        (Method::PUT, "vsock"),
+        (Method::GET, "balloon"),
+        (Method::PATCH, "balloon/hinting/start"),
+        (Method::PUT, "pmem/p0"),
+        (Method::PUT, "mmds/config"),
+        (Method::PUT, "snapshot/load"),
+        (Method::PATCH, "drives/root"),
+        (Method::PATCH, "hotplug/memory"),
+    ] {
+        let path = format!("/vms/a/{path}");
+        let fault = fault(&method, &path, "{}");
+        assert_eq!(fault.status, StatusCode::BAD_REQUEST, "{path}");
+        assert_eq!(fault.message, format!("{method} {path}: not supported yet"));
+    }
+}
+
+#[test]
+fn a_machine_patch_that_changes_nothing_is_refused() {
+    let fault = fault(&Method::PATCH, "/vms/a/machine-config", "{}");
+    assert_eq!(fault.status, StatusCode::BAD_REQUEST);
+    assert!(
+        fault.message.ends_with("changes nothing"),
+        "{}",
+        fault.message
+    );
 }

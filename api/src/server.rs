@@ -1,13 +1,14 @@
 //! The HTTP server: connections in, [`Request`]s to the front door, replies out.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Body, Bytes, Incoming};
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
 use hyper::header::UPGRADE;
 use hyper::server::conn::http1::{self, UpgradeableConnection};
 use hyper::service::{Service, service_fn};
@@ -16,33 +17,27 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
+use vmm::VmId;
 
-use crate::connections::{Connections, Turn};
+use crate::connections::{CONNECTIONS_MAX, Connections, Turn};
 use crate::console_stream::ConsoleStreams;
 use crate::domains::gateway::Gateway;
 use crate::domains::proxy::Received;
 use crate::fault::Fault;
+use crate::firecracker::{self, Asked};
 use crate::front_door::FrontDoor;
 use crate::reply::{self, CONSOLE_PROTOCOL};
 use crate::request::Request;
+use crate::request_body::read_body;
 use crate::route::route;
+use crate::vm_sockets::VmSockets;
 use crate::wire::Wire;
-
-/// Largest request body; Firecracker's default limit (`HTTP_MAX_PAYLOAD_SIZE`).
-pub const BODY_MAX_BYTES: usize = 51200;
 
 /// Largest head of a request, and what is read of a connection ahead of time.
 const HEAD_MAX_BYTES: usize = 16 << 10;
-/// How long a body may take to come, once its head is there.
-const BODY_TIME: Duration = Duration::from_secs(10);
 /// Waits between two tries to accept where there are no descriptors left: twice as long each time.
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 const ACCEPT_RETRY_MAX: Duration = Duration::from_secs(1);
-
-/// How much of a body beyond the limit is still taken off the wire and thrown away, so that a
-/// client which writes all before it reads gets to see the reply.
-const DISCARD_MAX_BYTES: u64 = 16 << 20;
-const DISCARD_MAX_TIME: Duration = Duration::from_secs(2);
 
 /// How long the end of all VMs may take when the server stops; what has not ended then ends with the
 /// process. With `FAREWELL_TIME` and the last wait of `main` it makes 20 s.
@@ -60,6 +55,53 @@ pub enum Backend {
     PerDomain(Arc<Gateway>),
 }
 
+impl Backend {
+    /// The VMs there are.
+    pub fn vm_ids(&self) -> BTreeSet<VmId> {
+        match self {
+            Backend::InProcess(door) => door.vm_ids(),
+            Backend::PerDomain(gateway) => gateway.vm_ids(),
+        }
+    }
+}
+
+/// What a connection is served with.
+#[derive(Debug, Clone)]
+pub struct Serving {
+    /// Who carries requests out.
+    pub backend: Backend,
+    /// The VMs' own sockets, if there are any.
+    pub sockets: Option<Arc<VmSockets>>,
+    /// The VM whose socket the connection is on; `None` on the server's.
+    pub vm: Option<VmId>,
+    /// The console streams.
+    pub(crate) streams: ConsoleStreams,
+}
+
+impl Serving {
+    /// On the server's own socket.
+    pub fn new(backend: Backend, sockets: Option<Arc<VmSockets>>) -> Serving {
+        Serving {
+            backend,
+            sockets,
+            vm: None,
+            streams: ConsoleStreams::default(),
+        }
+    }
+
+    /// Brings the VMs' sockets in line with the VMs.
+    async fn follow_vms(&self) {
+        let Some(sockets) = self.sockets.clone() else {
+            return;
+        };
+        let serving = self.clone();
+        let following = tokio::task::spawn_blocking(move || sockets.follow(&serving));
+        if let Err(error) = following.await {
+            log::error!("sockets of vms: {error}");
+        }
+    }
+}
+
 /// The VMs did not all end when the server was told to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("not all vms ended within {CLOSE_TIME:?}")]
@@ -72,23 +114,32 @@ pub struct NotClosed;
 /// If a VM hangs at its end.
 pub async fn serve(
     listener: UnixListener,
-    backend: Backend,
+    serving: Serving,
     stop: impl Future<Output = ()>,
 ) -> Result<(), NotClosed> {
     let (stopping, stopped) = watch::channel(false);
-    let mut connections = Connections::default();
-    let streams = ConsoleStreams::default();
+    let mut connections = Connections::at_most(CONNECTIONS_MAX);
+    // Those of VMs that an earlier server left.
+    serving.follow_vms().await;
     let mut stop = std::pin::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
             (stream, _) = accept(|| listener.accept()) => connections.add(stream, |stream, turn| {
-                let shared = (backend.clone(), streams.clone());
-                converse(stream, turn, shared, stopped.clone())
+                converse(stream, turn, serving.clone(), stopped.clone())
             }),
         }
     }
     drop(listener);
+    let Serving {
+        backend,
+        sockets,
+        streams,
+        ..
+    } = serving;
+    if let Some(sockets) = sockets {
+        sockets.close();
+    }
     // Streams of VMs that go on would not end.
     let waits_for_streams = match &backend {
         Backend::InProcess(_) => true,
@@ -107,6 +158,32 @@ pub async fn serve(
         log::warn!("connections cut that did not finish in {FAREWELL_TIME:?}");
     }
     Ok(())
+}
+
+/// Serves on a VM's socket until the other end of `stopped` says so or is gone; then lets open
+/// requests finish. There are `most` connections at a time.
+pub async fn accept_until(
+    listener: UnixListener,
+    most: usize,
+    serving: Serving,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let mut connections = Connections::at_most(most);
+    let theirs = stopped.clone();
+    // The guard of the watched value is dropped before anything is awaited.
+    let stop = async { drop(stopped.wait_for(|&is_stopping| is_stopping).await) };
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            (stream, _) = accept(|| listener.accept()) => connections.add(stream, |stream, turn| {
+                converse(stream, turn, serving.clone(), theirs.clone())
+            }),
+        }
+    }
+    drop(listener);
+    // A client that does not read its reply is cut.
+    let _ = tokio::time::timeout(FAREWELL_TIME, connections.ended()).await;
 }
 
 /// The next connection that `accept_one` gives.
@@ -149,13 +226,13 @@ async fn close(backend: Backend) -> Result<(), NotClosed> {
 async fn converse(
     stream: UnixStream,
     turn: Arc<Turn>,
-    (backend, streams): (Backend, ConsoleStreams),
+    serving: Serving,
     mut stopped: watch::Receiver<bool>,
 ) {
     let service = service_fn(move |request| {
-        let (backend, streams, turn) = (backend.clone(), streams.clone(), Arc::clone(&turn));
+        let (serving, turn) = (serving.clone(), Arc::clone(&turn));
         async move {
-            let response = answer(&backend, &streams, &turn, request).await;
+            let response = answer(&serving, &turn, request).await;
             turn.answered();
             Ok::<_, Infallible>(response)
         }
@@ -191,65 +268,103 @@ where
 }
 
 async fn answer(
-    backend: &Backend,
-    streams: &ConsoleStreams,
+    serving: &Serving,
     turn: &Turn,
     request: hyper::Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let answered = answer_or_fault(backend, streams, turn, request).await;
-    let response = answered.unwrap_or_else(|fault| {
+    let answered = answer_or_fault(serving, turn, request).await;
+    let mut response = answered.unwrap_or_else(|fault| {
         if fault.status == StatusCode::INTERNAL_SERVER_ERROR {
             log::error!("{method} {path}: {}", fault.message);
         }
         fault.into_response()
     });
+    if serving.vm.is_some() {
+        response = firecracker::refuse_alike(response);
+    }
     log::debug!("{method} {path}: {}", response.status());
     response
 }
 
 async fn answer_or_fault(
-    backend: &Backend,
-    streams: &ConsoleStreams,
+    serving: &Serving,
     turn: &Turn,
     request: hyper::Request<Incoming>,
 ) -> Result<Response<Full<Bytes>>, Fault> {
     let (mut parts, body) = request.into_parts();
     let body = read_body(body).await?;
     turn.request_came();
-    let request = route(&parts.method, parts.uri.path(), &body)?;
+    let path = match &serving.vm {
+        None => parts.uri.path().to_owned(),
+        Some(id) => firecracker::path_of(id, &parts.method, parts.uri.path())?,
+    };
+    let request = route(&parts.method, &path, &body)?;
+    if let (Request::CreateVm(id, _), Some(sockets)) = (&request, &serving.sockets) {
+        sockets.check(id)?;
+    }
     let wants_stream = parts.headers.get(UPGRADE).is_some_and(|protocol| {
         protocol
             .as_bytes()
             .eq_ignore_ascii_case(CONSOLE_PROTOCOL.as_bytes())
     });
-    if let (Request::VmConsole(id), true) = (&request, wants_stream) {
+    if let (Request::VmConsole(_), true) = (&request, wants_stream) {
         let upgrade = parts
             .extensions
             .remove::<hyper::upgrade::OnUpgrade>()
             .ok_or_else(|| Fault::bad_request("console stream: needs `Connection: Upgrade`"));
-        return match backend {
-            Backend::InProcess(door) => {
-                let console = door.console(id)?;
-                streams.open(upgrade?, console)?;
-                Ok(reply::switch_to_console())
-            }
-            Backend::PerDomain(gateway) => {
-                let path = parts.uri.path();
-                gateway.stream(&request, path, upgrade?, streams).await
-            }
-        };
+        return open_stream(serving, &request, &path, upgrade?).await;
     }
+    let asked = Asked::of(&request);
+    // A list may take VMs on that were not known.
+    let changes_vms = matches!(
+        request,
+        Request::CreateVm(..) | Request::DeleteVm(_) | Request::ListVms
+    );
+    let received = Received {
+        method: parts.method,
+        path,
+        body,
+    };
+    let response = carry_out(&serving.backend, request, received).await;
+    if changes_vms {
+        serving.follow_vms().await;
+    }
+    match &serving.vm {
+        None => response,
+        Some(_) => firecracker::adapt(asked, response?).await,
+    }
+}
+
+/// Joins a client's connection with a console.
+async fn open_stream(
+    serving: &Serving,
+    request: &Request,
+    path: &str,
+    upgrade: hyper::upgrade::OnUpgrade,
+) -> Result<Response<Full<Bytes>>, Fault> {
+    match (&serving.backend, request) {
+        (Backend::InProcess(door), Request::VmConsole(id)) => {
+            serving.streams.open(upgrade, door.console(id)?)?;
+            Ok(reply::switch_to_console())
+        }
+        (Backend::InProcess(_), _) => Err(Fault::internal(format!("{path}: is no console"))),
+        (Backend::PerDomain(gateway), _) => {
+            gateway
+                .stream(request, path, upgrade, &serving.streams)
+                .await
+        }
+    }
+}
+
+async fn carry_out(
+    backend: &Backend,
+    request: Request,
+    received: Received,
+) -> Result<Response<Full<Bytes>>, Fault> {
     let door = match backend {
         Backend::InProcess(door) => Arc::clone(door),
-        Backend::PerDomain(gateway) => {
-            let received = Received {
-                method: parts.method,
-                path: parts.uri.path().to_owned(),
-                body,
-            };
-            return gateway.answer(request, received).await;
-        }
+        Backend::PerDomain(gateway) => return gateway.answer(request, received).await,
     };
     let place = door.place_for(&request).await?;
     let handle = move || {
@@ -260,45 +375,6 @@ async fn answer_or_fault(
     let handled = tokio::task::spawn_blocking(handle).await;
     let reply = handled.map_err(|error| Fault::internal(format!("request failed: {error}")))??;
     Ok(reply.into_response())
-}
-
-/// Reads a body of at most [`BODY_MAX_BYTES`] that comes within [`BODY_TIME`].
-pub(crate) async fn read_body(body: Incoming) -> Result<Bytes, Fault> {
-    match tokio::time::timeout(BODY_TIME, read_within_limit(body)).await {
-        Ok(body) => body,
-        Err(_) => Err(Fault::too_slow(BODY_TIME)),
-    }
-}
-
-/// The same without a deadline; a body that announces too much is not read first.
-async fn read_within_limit(mut body: Incoming) -> Result<Bytes, Fault> {
-    if body.size_hint().lower() > BODY_MAX_BYTES as u64 {
-        tokio::spawn(discard(body));
-        return Err(Fault::body_too_large(BODY_MAX_BYTES));
-    }
-    match Limited::new(&mut body, BODY_MAX_BYTES).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => {
-            tokio::spawn(discard(body));
-            Err(Fault::body_too_large(BODY_MAX_BYTES))
-        }
-        Err(error) => Err(Fault::bad_request(format!("request body: {error}"))),
-    }
-}
-
-/// Throws away what a client still sends of a body that was refused, within bounds.
-async fn discard(mut body: Incoming) {
-    let all = async {
-        let mut discarded_bytes = 0;
-        while let Some(Ok(frame)) = body.frame().await {
-            discarded_bytes += frame.data_ref().map_or(0, Bytes::len) as u64;
-            if discarded_bytes > DISCARD_MAX_BYTES {
-                break;
-            }
-        }
-    };
-    // Either way the connection is closed afterwards.
-    let _ = tokio::time::timeout(DISCARD_MAX_TIME, all).await;
 }
 
 #[cfg(test)]

@@ -219,21 +219,27 @@ pub enum VmArgsError {
 /// # Errors
 /// See [`VmArgsError`]. Values are checked by whoever creates the VM.
 pub fn to_config(args: &VmArgs) -> Result<VmConfig, VmArgsError> {
+    let config = to_config_of_any(args)?;
+    if config.boot_source.is_absent() {
+        return Err(VmArgsError::NoKernel);
+    }
+    Ok(config)
+}
+
+/// The same of a VM that may get its kernel later.
+///
+/// # Errors
+/// As [`to_config`].
+pub fn to_config_of_any(args: &VmArgs) -> Result<VmConfig, VmArgsError> {
     let mut config = match &args.config {
         Some(path) => read(path)?,
         None => Map::new(),
     };
     apply(args, &mut config)?;
-    let wrong = |error: serde_json::Error| match &args.config {
-        Some(path) => VmArgsError::BadConfig {
-            path: path.clone(),
-            message: error.to_string(),
-        },
-        None => VmArgsError::BadFlags(error.to_string()),
-    };
-    let mut config: VmConfig = serde_json::from_value(Value::Object(config)).map_err(wrong)?;
+    let config = serde_json::from_value(Value::Object(config));
+    let mut config: VmConfig = config.map_err(|error| wrong(args, &error))?;
     let boot = &mut config.boot_source;
-    if boot.kernel_image_path != Path::new(BUILTIN_PAGELOAD) {
+    if !boot.is_absent() && boot.kernel_image_path != Path::new(BUILTIN_PAGELOAD) {
         if boot.boot_args.is_none() {
             boot.boot_args = Some(LINUX_BOOT_ARGS.to_owned());
         }
@@ -246,6 +252,16 @@ pub fn to_config(args: &VmArgs) -> Result<VmConfig, VmArgsError> {
         make_absolute(&mut drive.path_on_host)?;
     }
     Ok(config)
+}
+
+fn wrong(args: &VmArgs, error: &serde_json::Error) -> VmArgsError {
+    match &args.config {
+        Some(path) => VmArgsError::BadConfig {
+            path: path.clone(),
+            message: error.to_string(),
+        },
+        None => VmArgsError::BadFlags(error.to_string()),
+    }
 }
 
 fn read(path: &Path) -> Result<Map<String, Value>, VmArgsError> {
@@ -261,9 +277,6 @@ fn read(path: &Path) -> Result<Map<String, Value>, VmArgsError> {
 
 /// Lays the flags over the config file's values.
 fn apply(args: &VmArgs, config: &mut Map<String, Value>) -> Result<(), VmArgsError> {
-    if args.kernel.is_none() && !config.contains_key("boot-source") {
-        return Err(VmArgsError::NoKernel);
-    }
     let mut set = |section: &str, field: &str, value: Option<Value>| {
         if let Some(value) = value {
             let section = config.entry(section).or_insert_with(|| json!({}));

@@ -56,6 +56,13 @@ where
     }
 }
 
+/// Has the guard keep the reserve that guests with huge pages need.
+fn note_huge_pages(config: &VmConfig) {
+    if config.machine_config.huge_pages == HugePages::Transparent {
+        gauge::expect_huge_pages();
+    }
+}
+
 impl Monitor {
     /// Opens `/dev/kvm` and starts the threads of the monitor: merge worker, event loop, reaper.
     ///
@@ -143,9 +150,7 @@ impl Monitor {
         };
         start::check_files(&config).map_err(refused)?;
         start::check_kernel(&config, &Ksm::default()).map_err(refused)?;
-        if config.machine_config.huge_pages == HugePages::Transparent {
-            gauge::expect_huge_pages();
-        }
+        note_huge_pages(&config);
         let Some(to_reaper) = self.to_reaper.clone() else {
             return Err(MonitorError::NotFound(id));
         };
@@ -161,10 +166,13 @@ impl Monitor {
     ///
     /// # Errors
     /// [`MonitorError::AlreadyStarted`]; [`MonitorError::Config`] when the configuration makes no
-    /// sense with it, [`MonitorError::Start`] when its tap device cannot be opened. The configuration
+    /// sense with it, [`MonitorError::Start`] when a file or tap device of it cannot be opened. The configuration
     /// is as before then.
     pub fn configure(&self, id: &VmId, part: &ConfigPart) -> Result<(), MonitorError> {
-        self.find(id)?.configure(part)
+        let vm = self.find(id)?;
+        vm.configure(part)?;
+        note_huge_pages(&vm.config());
+        Ok(())
     }
 
     /// Changes the limits of a network interface of a VM that runs.

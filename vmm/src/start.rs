@@ -9,7 +9,7 @@ use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, BootError, KernelError};
 use crate::bus::BusError;
-use crate::config::{ConfigError, ConfigPart, MergeMode, NetworkInterface, VmConfig};
+use crate::config::{BootSource, ConfigError, ConfigPart, MergeMode, NetworkInterface, VmConfig};
 use crate::error::ErrorKind;
 use crate::events::EventsError;
 use crate::guard::room::VmAllowance;
@@ -163,11 +163,8 @@ fn open(field: &'static str, path: &Path) -> Result<File, StartError> {
 /// Checks that the files are there, without loading them: what is known to fail at start should
 /// fail when the VM is created.
 pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
-    if !config.boot_source.is_builtin_pageload() {
-        open(KERNEL_FIELD, &config.boot_source.kernel_image_path)?;
-    }
-    if let Some(path) = &config.boot_source.initrd_path {
-        open(INITRD_FIELD, path)?;
+    if !config.boot_source.is_absent() {
+        check_boot_source(&config.boot_source)?;
     }
     for drive in &config.drives {
         Disk::open(drive)?;
@@ -175,11 +172,23 @@ pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
     config.network_interfaces.iter().try_for_each(check_tap)
 }
 
+fn check_boot_source(boot_source: &BootSource) -> Result<(), StartError> {
+    if !boot_source.is_builtin_pageload() {
+        open(KERNEL_FIELD, &boot_source.kernel_image_path)?;
+    }
+    if let Some(path) = &boot_source.initrd_path {
+        open(INITRD_FIELD, path)?;
+    }
+    Ok(())
+}
+
 /// Checks what [`check_files`] does of one part of a configuration.
 pub(crate) fn check_part(part: &ConfigPart) -> Result<(), StartError> {
     match part {
+        ConfigPart::BootSource(boot_source) => check_boot_source(boot_source),
+        ConfigPart::Drive(drive) => Disk::open(drive).map(|_| ()).map_err(StartError::from),
         ConfigPart::NetworkInterface(interface) => check_tap(interface),
-        ConfigPart::Entropy(_) => Ok(()),
+        ConfigPart::Entropy(_) | ConfigPart::Machine(_) | ConfigPart::MachinePatch(_) => Ok(()),
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use dedup::{MergedNow, RegionStats};
 
-use crate::config::{ConfigPart, MergeMode, NetworkPatch, VmConfig};
+use crate::config::{ConfigError, ConfigPart, MergeMode, NetworkPatch, VmConfig};
 use crate::console::Console;
 use crate::device::report::ReportPort;
 use crate::error::MonitorError;
@@ -229,6 +229,9 @@ impl Vm {
             id: self.id.clone(),
             error,
         };
+        if config.boot_source.is_absent() {
+            return Err(failed(ConfigError::NoBootSource.into()));
+        }
         let machine = Machine::assemble(host, &config, &outside).map_err(failed)?;
         let mut cell = self.lock();
         if let Some(why) = allowance.over() {

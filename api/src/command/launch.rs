@@ -13,7 +13,10 @@ use crate::vm_args;
 /// either it runs afterwards or there is none.
 pub async fn launch(client: &Client, args: &LaunchArgs) -> Result<(), CommandError> {
     let id = args.id.as_str();
-    let config = vm_args::to_config(&args.vm)?;
+    let config = match args.no_start {
+        true => vm_args::to_config_of_any(&args.vm)?,
+        false => vm_args::to_config(&args.vm)?,
+    };
     client.create_vm(id, &config).await?;
     if args.no_start {
         return Ok(());

@@ -31,7 +31,7 @@ use crate::domains::process::READY;
 use crate::front_door::FrontDoor;
 use crate::limits;
 use crate::lock_down;
-use crate::server::{self, Backend};
+use crate::server::{self, Backend, Serving};
 use crate::signals::EndSignals;
 
 /// Serves one merge domain until SIGTERM. A second one ends the monitor at once.
@@ -73,8 +73,9 @@ pub async fn monitor(args: MonitorArgs) -> Result<(), CommandError> {
         let _ = cut.send(());
     });
     let stop = async { drop(stopped.await) };
+    let backend = Backend::InProcess(Arc::new(door));
     tokio::select! {
-        served = server::serve(listener, Backend::InProcess(Arc::new(door)), stop) => {
+        served = server::serve(listener, Serving::new(backend, None), stop) => {
             served.map_err(|error| CommandError::Other(error.to_string()))
         }
         Ok(()) = is_cut => {

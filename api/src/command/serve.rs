@@ -18,9 +18,10 @@ use crate::fault::Fault;
 use crate::front_door::FrontDoor;
 use crate::limits;
 use crate::note::note;
-use crate::server::{self, Backend};
+use crate::server::{self, Backend, Serving};
 use crate::signals::EndSignals;
 use crate::socket::ApiSocket;
+use crate::vm_sockets::VmSockets;
 
 /// Serves on `path` until SIGINT, SIGTERM or SIGHUP. A second one ends the server at once.
 ///
@@ -40,6 +41,7 @@ pub async fn serve(path: &Path, args: &ServeArgs) -> Result<(), CommandError> {
         log::warn!("cannot raise the limits of open files and file sizes: {error}");
     }
     let backend = open_backend(args).await?;
+    let serving = Serving::new(backend.clone(), open_vm_sockets(args)?);
     let (socket, listener) = ApiSocket::bind(path)?;
     listener
         .set_nonblocking(true)
@@ -68,7 +70,7 @@ pub async fn serve(path: &Path, args: &ServeArgs) -> Result<(), CommandError> {
         let _ = cut.send(());
     });
     let stop = async { drop(stopped.await) };
-    let serving = server::serve(listener, backend.clone(), stop);
+    let serving = server::serve(listener, serving, stop);
     let served = tokio::select! {
         served = serving => served.map_err(|error| CommandError::Other(error.to_string())),
         Ok(()) = is_cut => {
@@ -100,6 +102,17 @@ async fn open_backend(args: &ServeArgs) -> Result<Backend, CommandError> {
     };
     let gateway = Gateway::open(state, settings, &args.domains).await;
     gateway.map(Backend::PerDomain).map_err(other)
+}
+
+/// The VMs' own sockets, in their directory or in that of the state.
+fn open_vm_sockets(args: &ServeArgs) -> Result<Option<Arc<VmSockets>>, CommandError> {
+    let of_state = args.state_dir.as_ref().map(|state| state.join("vms"));
+    let Some(directory) = args.vm_sockets.clone().or(of_state) else {
+        return Ok(None);
+    };
+    let sockets = VmSockets::in_directory(&directory);
+    let sockets = sockets.map_err(|error| CommandError::Other(error.to_string()))?;
+    Ok(Some(Arc::new(sockets)))
 }
 
 /// How the engine of each domain starts; no budget and one of 0 are none.

@@ -6,6 +6,7 @@
 //! `roster` may be taken under it, never the other way round. `processes` is a leaf, and an entry's
 //! `patching` is taken first of all.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -116,7 +117,7 @@ impl Gateway {
     async fn carry_out(self: &Arc<Self>, request: &Request, received: &Received) -> Answer {
         let _place = self.places.take(self.domain_of(request)).await?;
         let reply = match request {
-            Request::Version => Reply::json(&Version {
+            Request::Version | Request::VmVersion(_) => Reply::json(&Version {
                 lock_down_missing: Some(self.lock_down_missing.clone()),
                 ..Version::current()
             })?,
@@ -227,6 +228,13 @@ impl Gateway {
                 .filter_map(Weak::upgrade)
                 .for_each(|process| process.kill());
         }
+    }
+
+    /// The VMs there are.
+    pub fn vm_ids(&self) -> BTreeSet<VmId> {
+        let roster = self.roster();
+        let created = roster.vms.iter().filter(|(_, vm)| vm.is_created);
+        created.map(|(id, _)| id.clone()).collect()
     }
 
     pub(super) fn roster(&self) -> MutexGuard<'_, Roster> {

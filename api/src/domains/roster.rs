@@ -234,6 +234,9 @@ impl VmRecord {
         match request {
             Request::DescribeVm(_) => Ok(Reply::json(&described)?.into_response()),
             Request::VmConsole(_) => Ok(Reply::Text(dir.tails().read(id)).into_response()),
+            Request::DescribeMachine(_) => {
+                Ok(Reply::json(&self.config.machine_config)?.into_response())
+            }
             Request::DescribeVmConfig(_) => Ok(Reply::json(&self.config)?.into_response()),
             _ => {
                 let why = described.end_message.unwrap_or_default();

@@ -44,6 +44,44 @@ impl Default for MachineConfig {
     }
 }
 
+/// The body of Firecracker's `PATCH /machine-config`: what is absent stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachinePatch {
+    /// Number of vCPUs.
+    #[serde(default)]
+    pub vcpu_count: Option<u8>,
+    /// Guest memory in MiB.
+    #[serde(default)]
+    pub mem_size_mib: Option<u64>,
+    /// Whether the guest sees two threads a core.
+    #[serde(default)]
+    pub smt: Option<bool>,
+    /// Dirty page tracking for diff snapshots.
+    #[serde(default)]
+    pub track_dirty_pages: Option<bool>,
+    /// CPU template.
+    #[serde(default)]
+    pub cpu_template: Option<String>,
+    /// Huge pages of the host.
+    #[serde(default)]
+    pub huge_pages: Option<HugePages>,
+}
+
+impl MachineConfig {
+    /// Takes over what `patch` has.
+    pub(super) fn update(&mut self, patch: &MachinePatch) {
+        self.vcpu_count = patch.vcpu_count.unwrap_or(self.vcpu_count);
+        self.mem_size_mib = patch.mem_size_mib.unwrap_or(self.mem_size_mib);
+        self.smt = patch.smt.unwrap_or(self.smt);
+        self.track_dirty_pages = patch.track_dirty_pages.unwrap_or(self.track_dirty_pages);
+        if let Some(template) = &patch.cpu_template {
+            self.cpu_template = Some(template.clone());
+        }
+        self.huge_pages = patch.huge_pages.unwrap_or(self.huge_pages);
+    }
+}
+
 /// Firecracker's `huge_pages`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {

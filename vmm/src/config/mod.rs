@@ -25,7 +25,7 @@ pub use devices::VirtioDevice;
 pub use drive::{CacheType, Drive, DriveSamepage, IoEngine};
 pub use entropy::EntropyConfig;
 pub use mac::{MacAddress, MacAddressError};
-pub use machine::{HugePages, MEM_SIZE_MIB_MAX, MachineConfig, VCPU_COUNT_MAX};
+pub use machine::{HugePages, MEM_SIZE_MIB_MAX, MachineConfig, MachinePatch, VCPU_COUNT_MAX};
 pub use merge_mode::MergeMode;
 pub use network::{HOST_DEV_NAME_LEN_MAX, MTU_MAX, MTU_MIN, NetworkInterface, NetworkPatch};
 pub use part::ConfigPart;
@@ -47,7 +47,9 @@ pub const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct VmConfig {
-    /// What the VM boots.
+    /// What the VM boots. May be absent until the VM starts, and is an empty path then, as in
+    /// Firecracker.
+    #[serde(default, skip_serializing_if = "BootSource::is_absent")]
     pub boot_source: BootSource,
     /// Block devices, in the order the guest finds them; a root device is moved to the front.
     #[serde(default)]
@@ -134,7 +136,7 @@ impl VmConfig {
 }
 
 /// What a VM boots.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// An uncompressed ELF kernel or a bzImage; or [`BUILTIN_PAGELOAD`].
@@ -148,6 +150,11 @@ pub struct BootSource {
 }
 
 impl BootSource {
+    /// Whether no kernel was named yet.
+    pub fn is_absent(&self) -> bool {
+        *self == BootSource::default()
+    }
+
     /// Whether the embedded bare-metal guest is asked for.
     pub fn is_builtin_pageload(&self) -> bool {
         self.kernel_image_path == Path::new(BUILTIN_PAGELOAD)

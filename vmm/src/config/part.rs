@@ -3,13 +3,23 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{EntropyConfig, NetworkInterface, VmConfig};
+use super::{
+    BootSource, Drive, EntropyConfig, MachineConfig, MachinePatch, NetworkInterface, VmConfig,
+};
 
 /// One part, as its request has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConfigPart {
+    /// Firecracker's `PUT /boot-source`.
+    BootSource(BootSource),
+    /// Firecracker's `PUT /drives/{drive_id}`: in place of the one of the same id.
+    Drive(Drive),
     /// Firecracker's `PUT /entropy`.
     Entropy(EntropyConfig),
+    /// Firecracker's `PUT /machine-config`.
+    Machine(MachineConfig),
+    /// Firecracker's `PATCH /machine-config`.
+    MachinePatch(MachinePatch),
     /// Firecracker's `PUT /network-interfaces/{iface_id}`: in place of the one of the same id.
     NetworkInterface(NetworkInterface),
 }
@@ -18,17 +28,26 @@ impl VmConfig {
     /// Sets a part, in place of what was there.
     pub fn set(&mut self, part: &ConfigPart) {
         match part {
+            ConfigPart::BootSource(boot_source) => self.boot_source = boot_source.clone(),
+            ConfigPart::Drive(drive) => {
+                put(&mut self.drives, drive, |known| &known.drive_id);
+            }
             ConfigPart::Entropy(entropy) => self.entropy = Some(*entropy),
+            ConfigPart::Machine(machine) => self.machine_config = machine.clone(),
+            ConfigPart::MachinePatch(patch) => self.machine_config.update(patch),
             ConfigPart::NetworkInterface(interface) => {
-                let interfaces = &mut self.network_interfaces;
-                let known = interfaces
-                    .iter_mut()
-                    .find(|known| known.iface_id == interface.iface_id);
-                match known {
-                    Some(known) => *known = interface.clone(),
-                    None => interfaces.push(interface.clone()),
-                }
+                put(&mut self.network_interfaces, interface, |known| {
+                    &known.iface_id
+                });
             }
         }
+    }
+}
+
+/// Puts `item` in place of the one of its id, or behind all others.
+fn put<T: Clone>(items: &mut Vec<T>, item: &T, id: impl Fn(&T) -> &String) {
+    match items.iter_mut().find(|known| id(known) == id(item)) {
+        Some(known) => *known = item.clone(),
+        None => items.push(item.clone()),
     }
 }

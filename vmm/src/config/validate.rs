@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::{
-    ConfigPart, EntropyConfig, HOST_DEV_NAME_LEN_MAX, HugePages, IoEngine, MEM_SIZE_MIB_MAX,
-    MTU_MAX, MTU_MIN, NetworkInterface, NetworkPatch, RateLimiterConfig, TokenBucketConfig,
-    Unsupported, VCPU_COUNT_MAX, VmConfig,
+    BootSource, ConfigPart, Drive, EntropyConfig, HOST_DEV_NAME_LEN_MAX, HugePages, IoEngine,
+    MEM_SIZE_MIB_MAX, MTU_MAX, MTU_MIN, MachineConfig, NetworkInterface, NetworkPatch,
+    RateLimiterConfig, TokenBucketConfig, Unsupported, VCPU_COUNT_MAX, VmConfig,
 };
 use crate::boot::cmdline::CMDLINE_LEN_MAX;
 
@@ -19,6 +19,9 @@ pub enum ConfigError {
         /// The key, with the value where only some values are refused.
         field: String,
     },
+    /// The VM is to start, and no kernel was named.
+    #[error("boot-source: there is none, a vm cannot start without a kernel")]
+    NoBootSource,
     /// A value outside its range or alphabet.
     #[error("{field}: {value} {problem}")]
     BadValue {
@@ -119,7 +122,12 @@ impl ConfigPart {
     /// Checks every value of it, without the rest of the configuration.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         match self {
+            ConfigPart::BootSource(boot_source) => boot_source.check(),
+            ConfigPart::Drive(drive) => drive.check(),
             ConfigPart::Entropy(entropy) => entropy.check(),
+            ConfigPart::Machine(machine) => machine.check(),
+            // What comes of it is checked with the rest.
+            ConfigPart::MachinePatch(_) => Ok(()),
             ConfigPart::NetworkInterface(interface) => interface.check(),
         }
     }
@@ -161,6 +169,72 @@ impl NetworkInterface {
     }
 }
 
+impl Drive {
+    /// Checks what does not depend on the other drives.
+    fn check(&self) -> Result<(), ConfigError> {
+        check_id("drive_id", &self.drive_id)?;
+        if let Some(uuid) = &self.partuuid
+            && !uuid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
+        {
+            return Err(bad(
+                "partuuid",
+                format!("{uuid:?}"),
+                "is not hexadecimal and dashes",
+            ));
+        }
+        supported("rate_limiter", self.rate_limiter.is_absent())?;
+        supported("socket", self.socket.is_absent())?;
+        supported("io_engine \"Async\"", self.io_engine == IoEngine::Sync)
+    }
+}
+
+impl MachineConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let vcpus = self.vcpu_count;
+        if !(1..=VCPU_COUNT_MAX).contains(&vcpus) {
+            return Err(bad(
+                "vcpu_count",
+                vcpus,
+                format!("is not 1 to {VCPU_COUNT_MAX}"),
+            ));
+        }
+        if self.smt && vcpus != 1 && vcpus % 2 == 1 {
+            return Err(bad("vcpu_count", vcpus, "is odd, with smt it is 1 or even"));
+        }
+        if !(1..=MEM_SIZE_MIB_MAX).contains(&self.mem_size_mib) {
+            let problem = format!("is not 1 to {MEM_SIZE_MIB_MAX}");
+            return Err(bad("mem_size_mib", self.mem_size_mib, problem));
+        }
+        supported("track_dirty_pages: true", !self.track_dirty_pages)?;
+        supported(
+            "huge_pages: \"2M\"",
+            self.huge_pages != HugePages::Hugetlbfs2M,
+        )?;
+        match self.cpu_template.as_deref() {
+            None | Some("None") => Ok(()),
+            Some(name) => supported(format!("cpu_template {name:?}"), false),
+        }
+    }
+}
+
+impl BootSource {
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.kernel_image_path.as_os_str().is_empty() {
+            return Err(bad("kernel_image_path", "\"\"", "is empty"));
+        }
+        let args = self.boot_args();
+        if let Some(c) = args.chars().find(|c| !(' '..='~').contains(c)) {
+            let problem = "is not allowed, only printable ASCII is";
+            return Err(bad("boot_args", format!("character {c:?}"), problem));
+        }
+        if args.len() > CMDLINE_LEN_MAX {
+            let problem = format!("characters are more than {CMDLINE_LEN_MAX}");
+            return Err(bad("boot_args", args.len(), problem));
+        }
+        Ok(())
+    }
+}
+
 impl VmConfig {
     /// Checks every value. Looks at no file: that is done when the VM is created.
     ///
@@ -168,8 +242,10 @@ impl VmConfig {
     /// The first [`ConfigError`] found.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.check_unsupported()?;
-        self.check_machine()?;
-        self.check_boot_source()?;
+        self.machine_config.check()?;
+        if !self.boot_source.is_absent() {
+            self.boot_source.check()?;
+        }
         self.check_drives()?;
         self.check_networks()?;
         self.check_device_count()?;
@@ -193,51 +269,6 @@ impl VmConfig {
         ];
         keys.into_iter()
             .try_for_each(|(key, asked)| supported(key, asked.is_absent()))
-    }
-
-    fn check_machine(&self) -> Result<(), ConfigError> {
-        let machine = &self.machine_config;
-        let vcpus = machine.vcpu_count;
-        if !(1..=VCPU_COUNT_MAX).contains(&vcpus) {
-            return Err(bad(
-                "vcpu_count",
-                vcpus,
-                format!("is not 1 to {VCPU_COUNT_MAX}"),
-            ));
-        }
-        if machine.smt && vcpus != 1 && vcpus % 2 == 1 {
-            return Err(bad("vcpu_count", vcpus, "is odd, with smt it is 1 or even"));
-        }
-        if !(1..=MEM_SIZE_MIB_MAX).contains(&machine.mem_size_mib) {
-            let problem = format!("is not 1 to {MEM_SIZE_MIB_MAX}");
-            return Err(bad("mem_size_mib", machine.mem_size_mib, problem));
-        }
-        supported("track_dirty_pages: true", !machine.track_dirty_pages)?;
-        supported(
-            "huge_pages: \"2M\"",
-            machine.huge_pages != HugePages::Hugetlbfs2M,
-        )?;
-        match machine.cpu_template.as_deref() {
-            None | Some("None") => Ok(()),
-            Some(name) => supported(format!("cpu_template {name:?}"), false),
-        }
-    }
-
-    fn check_boot_source(&self) -> Result<(), ConfigError> {
-        let boot = &self.boot_source;
-        if boot.kernel_image_path.as_os_str().is_empty() {
-            return Err(bad("kernel_image_path", "\"\"", "is empty"));
-        }
-        let args = boot.boot_args();
-        if let Some(c) = args.chars().find(|c| !(' '..='~').contains(c)) {
-            let problem = "is not allowed, only printable ASCII is";
-            return Err(bad("boot_args", format!("character {c:?}"), problem));
-        }
-        if args.len() > CMDLINE_LEN_MAX {
-            let problem = format!("characters are more than {CMDLINE_LEN_MAX}");
-            return Err(bad("boot_args", args.len(), problem));
-        }
-        Ok(())
     }
 
     /// Drives by themselves are counted with the drives.
@@ -290,7 +321,7 @@ impl VmConfig {
         let mut root: Option<&str> = None;
         for drive in &self.drives {
             let id = drive.drive_id.as_str();
-            check_id("drive_id", id)?;
+            drive.check()?;
             if !ids.insert(id) {
                 return Err(bad("drive_id", format!("{id:?}"), "is used twice"));
             }
@@ -301,18 +332,6 @@ impl VmConfig {
                     "is a second root",
                 ));
             }
-            if let Some(uuid) = &drive.partuuid
-                && !uuid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
-            {
-                return Err(bad(
-                    "partuuid",
-                    format!("{uuid:?}"),
-                    "is not hexadecimal and dashes",
-                ));
-            }
-            supported("rate_limiter", drive.rate_limiter.is_absent())?;
-            supported("socket", drive.socket.is_absent())?;
-            supported("io_engine \"Async\"", drive.io_engine == IoEngine::Sync)?;
         }
         Ok(())
     }
