@@ -31,6 +31,7 @@ use crate::model::{Domain, Version, VmDescription};
 use crate::places::Places;
 use crate::reply::Reply;
 use crate::request::{ActionType, DesiredState, MergePatch, Request};
+use crate::telemetry::{Noted, Telemetry};
 use roster::{Residence, Roster};
 
 /// All VMs and merge domains of one server.
@@ -39,6 +40,7 @@ pub struct FrontDoor {
     roster: Mutex<Roster>,
     patching: Mutex<()>,
     places: Places,
+    telemetry: Telemetry,
     settings: dedup::Settings,
     /// The one domain that it serves; `None` for any.
     only: Option<DomainName>,
@@ -53,6 +55,7 @@ impl FrontDoor {
             roster: Mutex::default(),
             patching: Mutex::default(),
             places: Places::default(),
+            telemetry: Telemetry::default(),
             settings,
             only: None,
             tails: None,
@@ -114,6 +117,16 @@ impl FrontDoor {
     /// # Errors
     /// What the client did wrong, or 500.
     pub fn handle(&self, request: Request) -> Result<Reply, Fault> {
+        let noted = Noted::of(&request);
+        let reply = self.carry_out(request);
+        if let Some((id, noted)) = noted {
+            let refused = reply.as_ref().err().map(|fault| fault.message.as_str());
+            self.telemetry.note(&id, &noted, refused);
+        }
+        reply
+    }
+
+    fn carry_out(&self, request: Request) -> Result<Reply, Fault> {
         match request {
             Request::Version | Request::VmVersion(_) => Reply::json(&Version::current()),
             Request::OpenApi => Ok(Reply::Json(crate::OPENAPI_JSON.into())),
@@ -140,6 +153,14 @@ impl FrontDoor {
             Request::DescribeMachine(id) => {
                 let config = self.monitor_of(&id)?.config(&id).map_err(|e| refusal(&e))?;
                 Reply::json(&config.machine_config)
+            }
+            Request::SetLogger(id, config) => {
+                self.telemetry.set_logger(&id, config)?;
+                Ok(Reply::Empty)
+            }
+            Request::SetMetrics(id, config) => {
+                self.telemetry.set_metrics(&id, &config)?;
+                Ok(Reply::Empty)
             }
             Request::DescribeVmMerge(id) => {
                 let monitor = self.monitor_of(&id)?;
@@ -231,6 +252,7 @@ impl FrontDoor {
             drop(emptied);
             return Err(conflict_or(&error));
         }
+        self.telemetry.admit(id);
         if let (Some(tails), Ok(console)) = (&self.tails, monitor.console(id)) {
             tails.keep(id, &console);
         }
@@ -240,6 +262,7 @@ impl FrontDoor {
     fn delete(&self, id: &VmId) -> Result<Reply, Fault> {
         let monitor = self.monitor_of(id)?;
         monitor.delete(id).map_err(|e| conflict_or(&e))?;
+        self.telemetry.dismiss(id);
         let emptied = self.roster().dismiss(id);
         // A monitor's end joins its threads: after the roster's lock.
         drop((emptied, monitor));
@@ -264,6 +287,9 @@ impl FrontDoor {
 
     fn act(&self, id: &VmId, action: ActionType) -> Result<Reply, Fault> {
         let monitor = self.monitor_of(id)?;
+        if action == ActionType::FlushMetrics {
+            self.telemetry.flush(id)?;
+        }
         if action == ActionType::MergeNow {
             return Reply::json(&monitor.merge_now(id).map_err(|e| refusal(&e))?);
         }

@@ -21,6 +21,7 @@
 //! | [`reply`], [`fault`], [`model`] | answers, in the shape of Firecracker's server |
 //! | [`server`], [`socket`], [`request_body`], [`console_stream`] | the unix socket and HTTP on it |
 //! | [`vm_sockets`], [`firecracker`] | a socket for each VM, and Firecracker's replies on it |
+//! | [`telemetry`] | Firecracker's log and metrics of each VM |
 //! | [`console_tails`] | what consoles showed last, for when their monitor is gone |
 //! | [`connections`], [`places`] | how many connections there may be, and requests in hand at a time |
 //! | [`wire`], [`http10`], [`unreadable`] | where hyper's bytes differ from Firecracker's |
@@ -34,10 +35,10 @@
 //! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
 //!
 //! # Locks
-//! The VMs' sockets are under a lock that the backend's roster is taken under, see [`vm_sockets`].
-//! Else three of our own, `FrontDoor`'s roster, its lock of patches and its places, one at a time; see
-//! [`front_door`]. Where domains are processes there is none of these but a gateway's, in its order:
-//! a domain's `monitor`, then the roster; see [`domains::gateway`].
+//! The VMs' sockets are under a lock that the backend's roster is taken under, see [`vm_sockets`]. Those
+//! of [`telemetry`] are leaves. Else three of our own, `FrontDoor`'s roster, its lock of patches and its
+//! places, one at a time; see [`front_door`]. Where domains are processes there is none of these but a
+//! gateway's, in its order: a domain's `monitor`, then the roster; see [`domains::gateway`].
 //! No lock of a monitor is taken under the roster but those inside `Monitor::new`, and under the
 //! other only the engine's control.
 //!
@@ -81,6 +82,7 @@ pub mod server;
 pub mod signals;
 pub mod socket;
 pub mod table;
+pub mod telemetry;
 pub mod terminal;
 pub mod unreadable;
 pub mod vm_args;

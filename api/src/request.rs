@@ -6,6 +6,7 @@ use vmm::VmId;
 use vmm::config::{ConfigPart, NetworkPatch, VmConfig};
 
 use crate::domain_name::DomainName;
+use crate::telemetry::{LoggerConfig, MetricsConfig};
 
 /// One request of the API.
 #[derive(Debug)]
@@ -36,6 +37,10 @@ pub enum Request {
     DescribeMachine(VmId),
     /// `GET /vms/{id}/version`
     VmVersion(VmId),
+    /// `PUT /vms/{id}/logger`
+    SetLogger(VmId, LoggerConfig),
+    /// `PUT /vms/{id}/metrics`
+    SetMetrics(VmId, MetricsConfig),
     /// `GET /vms/{id}/merge`
     DescribeVmMerge(VmId),
     /// `GET /vms/{id}/console`
@@ -68,6 +73,8 @@ impl Request {
             | Request::DescribeVmConfig(id)
             | Request::DescribeMachine(id)
             | Request::VmVersion(id)
+            | Request::SetLogger(id, _)
+            | Request::SetMetrics(id, _)
             | Request::DescribeVmMerge(id)
             | Request::VmConsole(id) => Some(id),
         }
@@ -93,7 +100,7 @@ pub enum ActionType {
     InstanceStop,
     /// Merges the VM's memory now; the reply says what that came to (ours).
     MergeNow,
-    /// Accepted for Firecracker's clients; there is no metrics file to flush.
+    /// Writes a line of metrics, if there is a file for them.
     FlushMetrics,
 }
 

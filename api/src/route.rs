@@ -23,6 +23,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("PUT", "/vms/{id}/drives/{drive_id}"),
     ("PUT", "/vms/{id}/entropy"),
     ("GET, PATCH, PUT", "/vms/{id}/machine-config"),
+    ("PUT", "/vms/{id}/logger"),
+    ("PUT", "/vms/{id}/metrics"),
     ("PATCH, PUT", "/vms/{id}/network-interfaces/{iface_id}"),
     ("GET", "/vms/{id}/version"),
     ("PATCH", "/vms/{id}/vm"),
@@ -240,6 +242,8 @@ fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Requ
             let part = Box::new(ConfigPart::BootSource(call.json()?));
             Ok(Some(Request::ConfigureVm(id, part)))
         }
+        ("/vms/{id}/logger", &Method::PUT) => Ok(Some(Request::SetLogger(id, call.json()?))),
+        ("/vms/{id}/metrics", &Method::PUT) => Ok(Some(Request::SetMetrics(id, call.json()?))),
         ("/vms/{id}/machine-config", _) => machine_request(call, id),
         ("/vms/{id}/entropy", &Method::PUT) => {
             let part = Box::new(ConfigPart::Entropy(call.json()?));

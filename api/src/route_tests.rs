@@ -31,6 +31,8 @@ fn body_for(method: &Method, template: &str) -> &'static str {
         (&Method::PUT, "/vms/{id}/drives/{drive_id}") => {
             r#"{"drive_id": "root", "path_on_host": "d", "is_root_device": true}"#
         }
+        (&Method::PUT, "/vms/{id}/logger") => r#"{"log_path": "log", "level": "Warn"}"#,
+        (&Method::PUT, "/vms/{id}/metrics") => r#"{"metrics_path": "metrics"}"#,
         (&Method::PUT, "/vms/{id}/machine-config") => r#"{"vcpu_count": 1, "mem_size_mib": 9}"#,
         (&Method::PATCH, "/vms/{id}/machine-config") => r#"{"mem_size_mib": 9}"#,
         (&Method::PUT, "/vms/{id}/entropy") => r#"{"rate_limiter": null}"#,
