@@ -12,7 +12,7 @@ TEST_ARGS ?=
 export DEMO_ARGS TEST_THREADS TEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help density density-quick demo test test-loom test-deep miri siege lint guest build clean
+.PHONY: help density density-quick demo test test-loom test-deep miri openapi siege lint guest build clean
 
 help: ## List the targets
 	@echo 'Targets:'
@@ -41,6 +41,9 @@ test-deep: ## Run the models with more preemptions, and 200,000 random histories
 
 miri: ## Run tests of the pure modules of dedup and vmm under Miri, which needs a nightly toolchain (some minutes)
 	@$(STEPS) miri packages miri
+
+openapi: ## Send 10,000 requests made from the OpenAPI document by schemathesis, which pip installs (some minutes)
+	@$(STEPS) openapi packages release openapi
 
 siege: ## Besiege one server with hostile clients and guests, in a cgroup of 1 GiB; needs root (a quarter of an hour)
 	@$(STEPS) siege packages guest siege

@@ -39,6 +39,19 @@ pub fn guest() -> &'static LinuxGuest {
     })
 }
 
+/// A Python with the clients of `resources/clients`, made now if it is not in the cache.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn python_with_clients() -> PathBuf {
+    build("clients").path("python")
+}
+
+/// The path of a file of `resources`.
+pub fn resource(path: &str) -> PathBuf {
+    resources().join(path)
+}
+
 /// The directory `resources`.
 pub(crate) fn resources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources")

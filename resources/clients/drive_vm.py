@@ -1,0 +1,33 @@
+"""Boots a Linux guest by the client `Api` of the package firecracker-python, pauses and resumes it.
+
+usage: drive_vm.py SOCKET VMLINUX INITRAMFS BOOT_ARGS
+"""
+
+import sys
+
+from firecracker.api import Api
+from firecracker.exceptions import APIError
+
+socket, vmlinux, initramfs, boot_args = sys.argv[1:]
+api = Api(socket)
+assert api.describe.get().json()["state"] == "Not started"
+assert api.version.get().json()["firecracker_version"]
+
+api.machine_config.put(vcpu_count=1, mem_size_mib=128)
+api.machine_config.patch(mem_size_mib=160)
+try:
+    api.boot.put(kernel_image_path="/nowhere/vmlinux")
+    sys.exit("a kernel that is not there was taken")
+except APIError as error:
+    assert "/nowhere/vmlinux" in str(error), error
+api.boot.put(kernel_image_path=vmlinux, initrd_path=initramfs, boot_args=boot_args)
+api.actions.put(action_type="InstanceStart")
+assert api.describe.get().json()["state"] == "Running"
+
+api.vm.patch(state="Paused")
+assert api.describe.get().json()["state"] == "Paused"
+api.vm.patch(state="Resumed")
+assert api.describe.get().json()["state"] == "Running"
+config = api.vm_config.get().json()
+assert config["machine-config"]["mem_size_mib"] == 160, config
+api.close()
