@@ -211,7 +211,11 @@ impl<B: Backing> Scanner<B> {
     /// last read, tried once more. Partners that were not merged too.
     pub(crate) fn revisit_sharers(&mut self, founded: &[Founded]) {
         for &(pair, place) in founded {
-            let (page, checksum) = (pair.page, pair.fingerprint.checksum());
+            let checksum = pair.fingerprint.checksum();
+            // The place may be that of the pair's partner, or of neither.
+            let Some(page) = self.stable.layouts.guest_page(place) else {
+                continue;
+            };
             for attached in self.attached.values_mut() {
                 let items = &attached.items;
                 let lies_there = items.knows_block(page)
