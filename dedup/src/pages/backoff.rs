@@ -31,7 +31,7 @@ const AGE_MAX: u8 = 9;
 const AGE_CHANGING_MAX: u8 = 3;
 
 /// The same in a watched region, where the guest pays too, for its first write after each look at
-/// the dirty log: 64 intervals, 3 s. Waiting for longer kept 60 pages of each guest that had just booted.
+/// the dirty log: 64 intervals, 3 s. With 13 s, guests that had just booted held more pages unshared.
 const AGE_BUSY_MAX: u8 = 6;
 
 /// Most intervals between two looks at the dirty pages of a region: 800 ms.
