@@ -10,7 +10,7 @@ use crate::base::mutant::{self, Mutant};
 use crate::base::stats::Stats;
 use crate::base::sync::{self, Arc, Condvar, Mutex, MutexGuard, Ordering};
 use crate::pages::dirty::DirtySource;
-use crate::pages::region::{Region, RegionId};
+use crate::pages::region::{Entered, Region, RegionId};
 use crate::protocol::control::{Control, Run};
 use crate::protocol::ring::{Ring, Unlinked};
 use crate::protocol::scan_state::{Batch, Work};
@@ -334,9 +334,22 @@ impl<W: Work> Shared<W> {
         sync::lock(&self.scanner)
     }
 
-    /// Has a linked slot count as one with items. False if it is not linked any more.
-    pub(crate) fn mark_items(&self, id: RegionId) -> bool {
-        sync::lock(&self.ring).mark_items(id)
+    /// Does a caller's work in a region, between two windows of the worker. `None` if it is exiting.
+    pub(crate) fn take_turn<R>(
+        &self,
+        scanner: &mut W,
+        region: &Arc<Region<W::Memory>>,
+        work: impl FnOnce(&mut W, &Entered<'_, W::Memory>) -> R,
+    ) -> Option<R> {
+        // Lock order: worker mutex -> region lock -> ring. The slot must have items in the exit
+        // path's eyes before it has any: an exit that unlinked it by itself would leave them behind.
+        let inside = region.enter()?;
+        let id = region.id();
+        if !mutant::is(Mutant::ItemsUnmarked) && !sync::lock(&self.ring).mark_items(id) {
+            return None;
+        }
+        scanner.attach(region);
+        Some(work(scanner, &inside))
     }
 
     pub(crate) fn publish(&self, scanner: &W) {

@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::backing::Backing;
-use crate::base::mutant::{self, Mutant};
 use crate::base::sync;
 use crate::merge::domain::Scanner;
 use crate::pages::region::RegionRef;
@@ -95,17 +94,14 @@ impl<W: Work> Shared<W> {
         if sync::lock(&self.control).run != Run::Merge {
             return Err(MergeNowError::NotMerging);
         }
-        // Lock order: worker mutex -> region lock -> ring. The slot must have items in the exit
-        // path's eyes before it has any: an exit that unlinked it by itself would leave them behind.
-        let inside = region.enter().ok_or(MergeNowError::Exiting)?;
-        if !mutant::is(Mutant::ItemsUnmarked) && !self.mark_items(region.id()) {
-            return Err(MergeNowError::Exiting);
-        }
-        scanner.attach(region);
-        // Each batch says anew whether it hurries.
-        scanner.set_hurried(true, false);
-        let visited = scanner.visit(&inside, page);
-        scanner.set_hurried(false, false);
+        let visited = self.take_turn(&mut scanner, region, |scanner, inside| {
+            // Each batch says anew whether it hurries.
+            scanner.set_hurried(true, false);
+            let visited = scanner.visit(inside, page);
+            scanner.set_hurried(false, false);
+            visited
+        });
+        let visited = visited.ok_or(MergeNowError::Exiting)?;
         self.publish(&scanner);
         Ok(visited)
     }
