@@ -88,8 +88,8 @@ pub(crate) trait Backing: Send + Sync + 'static {
     fn release(&self, range: PageRange, remapped: bool);
 
     /// Drops the private copies of the pages of `parts`, which hold what will show instead: the page
-    /// of the pool that they are mapped to, or zeros if they are mapped to none. Their writers wait
-    /// on. Costs no VMA.
+    /// of the pool that they are mapped to, or zeros if they are mapped to none. Or their owner gives
+    /// them up, and they are mapped to none. Their writers wait on. Costs no VMA.
     ///
     /// As a `write` may take fewer bytes than it is given, this may do fewer parts: it returns how
     /// many from the first on, at least one, and fails only for the first. Never called with none.
@@ -122,7 +122,7 @@ pub(crate) trait Backing: Send + Sync + 'static {
     fn equals_staged(&self, staging: &Self::Staging, page: u32) -> bool;
 
     /// Puts a staging in the place of its range, in one step. The range is protected and shows the
-    /// same. If it fails, all is as it was.
+    /// same, or its owner gives it up for zeros. If it fails, all is as it was.
     fn replace(&self, staging: Self::Staging) -> io::Result<()>;
 
     /// Gives every page of `range` a private copy of what it shows, as a write by the guest would.

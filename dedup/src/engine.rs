@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use crate::backing::Backing;
 use crate::backing::linux::{LinuxMemory, LinuxPool, Userfaultfd};
 use crate::backing::mapping::Mapping;
 use crate::backing::process_memory::ProcessMemory;
@@ -309,6 +310,20 @@ impl RegionAccess {
     /// merged by then stays merged.
     pub fn merge_now(&self) -> Result<MergedNow, MergeNowError> {
         self.shared.merge_now(&self.region)
+    }
+
+    /// Gives up pages, as a balloon or free page reporting does: they show zeros afterwards and take no
+    /// memory until they are written to. `MADV_DONTNEED` would show what the pool holds there. Who
+    /// writes to them meanwhile finds either. Returns how many were given up: pinned pages are left as
+    /// they are, with those beside them, as is what would take more VMAs than there are.
+    ///
+    /// Waits for the batch in hand; the worker, an unmerge and an exit wait for 512 pages at most.
+    ///
+    /// # Errors
+    /// [`AccessError`]; pages before those that were refused are given up.
+    pub fn discard(&self, pages: Range<u32>) -> Result<u32, AccessError> {
+        AccessError::check(&pages, self.region.backing().pages())?;
+        self.shared.discard(&self.region, &pages)
     }
 
     /// Keeps pages from being replaced, until the guard is dropped: for I/O that uses their frames,

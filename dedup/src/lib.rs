@@ -21,7 +21,7 @@
 //! - A child process has nothing of a region (`MADV_DONTFORK`): whoever touches it there gets `SIGSEGV`.
 //! - The owner changes neither mappings nor protection of a region, nor drops its pages: `mprotect` and
 //!   `mremap` are undone by the next merge or make it fail, and `MADV_DONTNEED` shows what the pool
-//!   holds there, be it another region's.
+//!   holds there, be it another region's. Pages are given up by [`RegionAccess::discard`].
 //! - I/O that uses a page's frame may be lost, unless the page is pinned ([`RegionAccess::pin`]).
 //!
 //! # Vocabulary
@@ -38,7 +38,7 @@
 //! | **`protocol`** | **locks and threads** | |
 //! | `core` | batch, exit, unmerge, reap: the protocol | locks |
 //! | `worker` | the thread | thin |
-//! | `merge_now` | one region at once, on its caller's thread | protocol |
+//! | `merge_now`, `discard` | what a caller has done at once, on its own thread | protocol |
 //! | `scan_state` | what the protocol asks of the worker's state, as a trait | pure |
 //! | `ring` | slots and cursor | pure |
 //! | `control` | [`Run`], idleness | pure |
@@ -56,6 +56,7 @@
 //! | `base_block` | a block becomes one mapping of a block of places | mechanism |
 //! | `huge` | which huge pages are split | policy |
 //! | `tuning` | from which on a step is worth it | pure |
+//! | `discard` | pages that their owner gives up | mechanism |
 //! | `pin` | pages that keep their frames for a device's I/O | locks |
 //! | `unmerge` | private copies for all | mechanism |
 //! | `reclaim` | pool pages that nobody shares go back | mechanism |
@@ -87,8 +88,8 @@
 //!
 //! # Locks
 //! Total order, outermost first; a thread may skip locks but never go back:
-//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, a window of a `merge now`,
-//!    or an order to stop, which waits for those. Exits never take it.
+//! 1. the *worker mutex* (`Shared::scanner`): a batch, a reap, an unmerge, a window of a `merge now` or
+//!    of a discard, or an order to stop, which waits for those. Exits never take it.
 //! 2. *region locks* (`Region::lock`), for reading by the holder of 1, at most two at a time and
 //!    never one twice, and by a thread that pins pages and holds nothing else; for writing by the
 //!    exit path, which holds nothing else.

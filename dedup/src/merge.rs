@@ -2,6 +2,7 @@
 
 pub(crate) mod apply;
 pub(crate) mod base_block;
+pub(crate) mod discard;
 pub(crate) mod domain;
 pub(crate) mod fill;
 pub(crate) mod group;

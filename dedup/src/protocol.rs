@@ -3,6 +3,7 @@
 pub(crate) mod advisor;
 pub(crate) mod control;
 pub(crate) mod core;
+pub(crate) mod discard;
 pub(crate) mod merge_now;
 pub(crate) mod ring;
 pub(crate) mod scan_state;

@@ -122,6 +122,22 @@ impl Guest {
         }
     }
 
+    /// Gives pages up. What it could not give up it still has.
+    fn give_up(&mut self, pages: std::ops::Range<usize>) {
+        let count = u32::try_from(pages.len()).expect("few pages");
+        let first = u32::try_from(pages.start).expect("few pages");
+        let discarded = self.region.access().discard(first..first + count);
+        if discarded.is_ok_and(|discarded| discarded == count) {
+            pages.for_each(|page| self.contents[page] = 0);
+            return;
+        }
+        for page in pages {
+            // SAFETY: the word lies inside the region, which is mapped.
+            let shows = unsafe { self.word(page, 0).read_volatile() };
+            self.contents[page] = if shows == 0 { 0 } else { self.contents[page] };
+        }
+    }
+
     /// One thing that a guest does.
     fn step(&mut self) {
         let page = self.numbers.below(PAGES);
@@ -137,8 +153,10 @@ impl Guest {
             // Shuffled.
             55..60 => self.write(page, 1000 + self.numbers.clone().below(PAGES) as u64),
             60..62 => (page..PAGES.min(page + 300)).for_each(|page| self.write(page, 0)),
-            62..70 => self.write(page, 0),
-            70..80 => {
+            62..68 => self.write(page, 0),
+            68..70 => self.give_up(page..PAGES.min(page + 200)),
+            70 => self.give_up(page..page + 1),
+            71..80 => {
                 let own = self.numbers.next();
                 self.write(page, own);
             }

@@ -62,6 +62,8 @@ pub(crate) struct FakeMemory {
     ignored: Arc<Mutex<Option<PageSet>>>,
     /// Pages whose frames a device has.
     held: Arc<Mutex<Vec<u32>>>,
+    /// Pages that their owner gives up just now.
+    pub(crate) given_up: Arc<Mutex<PageRange>>,
     /// How many times something was built aside and put in place.
     pub(crate) replaced: Arc<AtomicU32>,
 }
@@ -88,6 +90,7 @@ impl FakeMemory {
             written: Arc::default(),
             ignored: Arc::default(),
             held: Arc::default(),
+            given_up: Arc::default(),
             replaced: Arc::default(),
         }
     }
@@ -162,6 +165,13 @@ impl FakeMemory {
     /// Lets everything succeed again.
     pub(crate) fn recover(&self) {
         self.fail(&Call::TAKING, u32::MAX);
+    }
+
+    /// Whether a page may come to show this: what it shows, or zeros if its owner gives it up.
+    fn may_show(&self, page: u32, content: Option<Content>) -> bool {
+        let is_given_up = sync::lock(&self.given_up).contains(&page);
+        let is_freed = self.freed.load(Ordering::Relaxed);
+        is_freed || content == Some(self.content(page)) || is_given_up && content == Some(0)
     }
 
     fn keep_no_part_of_a_huge_page(&self) {
@@ -291,14 +301,12 @@ impl Backing for FakeMemory {
     fn discard(&self, parts: &[PageRange]) -> io::Result<usize> {
         let discard = |page: u32| {
             assert!(self.is_protected(page), "dropped without protection");
-            let content = self.content(page);
             let under = sync::lock(&self.under)[page as usize];
             let (shows, left) = match under {
                 Some(place) => (self.pool.content(place), FakePage::Shared(place)),
                 None => (Some(0), FakePage::Absent),
             };
-            let is_freed = self.freed.load(Ordering::Relaxed);
-            assert!(shows == Some(content) || is_freed, "page {page} is changed");
+            assert!(self.may_show(page, shows), "page {page} is changed");
             self.keep_no_part_of_a_huge_page();
             self.put(page, left);
         };
@@ -316,9 +324,10 @@ impl Backing for FakeMemory {
         for page in range.clone() {
             assert!(self.is_protected(page), "mapped without protection");
             let place = first.plus(page - range.start);
-            let is_same = pool.content(place) == Some(self.content(page));
-            let is_freed = self.freed.load(Ordering::Relaxed);
-            assert!(is_same || is_freed, "page {page} is changed");
+            assert!(
+                self.may_show(page, pool.content(place)),
+                "page {page} is changed"
+            );
             self.put(page, FakePage::Shared(place));
             sync::lock(&self.under)[page as usize] = Some(place);
         }

@@ -27,6 +27,9 @@ pub struct Stats {
     pub pages_scanned: u64,
     /// Page visits put off because the page keeps changing, since the engine was made.
     pub pages_skipped: u64,
+    /// Pages that their owners gave up, since the engine was made.
+    #[serde(default)]
+    pub pages_discarded: u64,
     /// Times that every registered region was scanned; 0 again after an unmerge.
     pub full_scans: u64,
     /// Calm pages that are equal to others and were not merged for want of VMAs. Each is tried again

@@ -100,12 +100,12 @@ impl<B: Backing> Scanner<B> {
             Some(next) => group.partition_point(|candidate| candidate.0 < next.0),
             None => group.len(),
         };
-        let (to_discard, to_map): (Vec<_>, Vec<_>) =
+        let (to_drop, to_map): (Vec<_>, Vec<_>) =
             runs(&equal[..len], usize::MAX, |a, b| joins(items, a, b))
                 .partition(|run| is_under(items, &run[0]));
         let tried = group[tried_len - 1].0;
         unequal.extend(others.into_iter().filter(|&page| page <= tried));
-        self.discard(&mut protected, id, &to_discard)?;
+        self.drop_copies(&mut protected, id, &to_drop)?;
         for run in to_map {
             // Else its exit, which has freed its memory by now, would be given some again.
             if inside.is_exiting() {
@@ -148,7 +148,7 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Drops the copies of compared runs of a protected range, all by one call if the kernel can.
-    fn discard(
+    fn drop_copies(
         &mut self,
         protected: &mut Protected<'_, B>,
         id: RegionId,

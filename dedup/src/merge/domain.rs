@@ -61,6 +61,7 @@ pub(crate) struct Scanner<B: Backing> {
     pub(crate) vmas: Vmas,
     pub(crate) pages_scanned: u64,
     pub(crate) pages_skipped: u64,
+    pub(crate) pages_discarded: u64,
     pub(crate) intervals: Intervals,
     /// Somebody waits for full scans: pages are not put off.
     pub(crate) hurried: bool,
@@ -95,6 +96,7 @@ impl<B: Backing> Scanner<B> {
             vmas: Vmas::new(vma_budget, VmaAccount::new(u64::from(vma_budget))),
             pages_scanned: 0,
             pages_skipped: 0,
+            pages_discarded: 0,
             intervals: Intervals::new(INTERVAL, Instant::now()),
             hurried: false,
             is_short: false,
@@ -292,6 +294,7 @@ impl<B: Backing> Scanner<B> {
             pages_sharing: (self.stable.sharers()).saturating_sub(self.stable.shared_pages()),
             pages_scanned: self.pages_scanned,
             pages_skipped: self.pages_skipped,
+            pages_discarded: self.pages_discarded,
             full_scans: self.full_scans,
             vmas: self.vmas.used(),
             vma_budget: self.vmas.budget(),

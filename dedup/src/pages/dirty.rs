@@ -224,6 +224,12 @@ impl Watch {
         let mut asked_again = std::mem::replace(&mut self.ignored, ignored);
         asked_again.remove_all(&self.ignored);
         self.dirty.remove_all(&asked_again);
+        // One that is not put off any more was given up meanwhile. Only a visit tells whether it was
+        // written to since.
+        let pages = asked_again.iter_in(0..asked_again.pages());
+        pages
+            .filter(|&page| !items.state(page).is_volatile())
+            .for_each(|page| self.pending.insert(page));
     }
 
     /// Has pages looked at that were put off until now; all of them if `hurried`. Returns those

@@ -18,7 +18,7 @@ use crate::pages::region::{Entered, Region, RegionId};
 const WINDOW_PAGES: u32 = HUGE_PAGE_PAGES;
 
 /// The window that begins at `start`, in a region of `pages` pages.
-fn window_from(start: u32, pages: u32) -> PageRange {
+pub(crate) fn window_from(start: u32, pages: u32) -> PageRange {
     start..pages.min((start / WINDOW_PAGES + 1).saturating_mul(WINDOW_PAGES))
 }
 
@@ -70,6 +70,13 @@ pub(crate) trait Work: std::fmt::Debug {
     /// # Errors
     /// When a copy can't be had. Pages not unmerged by then stay merged and accounted for.
     fn unmerge(&mut self, inside: &Entered<'_, Self::Memory>) -> io::Result<()>;
+
+    /// Gives up pages of one block of an attached region. Returns how many.
+    ///
+    /// # Errors
+    /// When the kernel refuses. Pages before the one that it refused are given up.
+    fn discard(&mut self, inside: &Entered<'_, Self::Memory>, pages: &PageRange)
+    -> io::Result<u32>;
 
     /// Told before a batch whether somebody waits for passes, and whether memory is short.
     fn set_hurried(&mut self, hurried: bool, is_short: bool);
@@ -133,6 +140,10 @@ impl<B: Backing + std::fmt::Debug> Work for Scanner<B> {
 
     fn unmerge(&mut self, inside: &Entered<'_, B>) -> io::Result<()> {
         self.unmerge_region(inside)
+    }
+
+    fn discard(&mut self, inside: &Entered<'_, B>, pages: &PageRange) -> io::Result<u32> {
+        Scanner::discard(self, inside, pages)
     }
 
     fn set_hurried(&mut self, hurried: bool, is_short: bool) {

@@ -60,8 +60,8 @@ impl LinuxMemory {
     /// Moves a mapping with everything in it over `range`: one step for those who read it.
     ///
     /// # Safety
-    /// The mapping is the caller's, as long as the range, shows what the range shows, and is used by
-    /// nobody afterwards.
+    /// The mapping is the caller's, as long as the range, shows what the range shows or may show, and is
+    /// used by nobody afterwards.
     unsafe fn move_here(&self, staging: *mut u8, range: &PageRange) -> io::Result<()> {
         self.userfaultfd.note_mapping_call();
         let (start, len_bytes) = self.span(range);
@@ -81,8 +81,8 @@ impl LinuxMemory {
         let (start, len_bytes) = self.span(range);
         // SAFETY:
         // - `span` checked that the range lies inside the reserved range, which is ours alone.
-        // - The advice given here drops pages that hold zeros or belong to no guest any more
-        //   or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is
+        // - The advice given here drops pages that hold zeros, were given up or belong to no guest any
+        //   more, or cover an equal page of the pool (`MADV_DONTNEED`), or leaves content as it is
         //   (`MADV_POPULATE_WRITE`, `MADV_COLD`, `MADV_DONTFORK`).
         check(unsafe { libc::madvise(start.cast(), len_bytes, advice) })
     }
@@ -274,7 +274,8 @@ impl Backing for LinuxMemory {
         may_fail!("mremap");
         let range = staging.range();
         // SAFETY: the staging range is as long as `range`. It shows copies of some of its pages, and
-        // for the others zeros or pages of the pool that the engine compared with them.
+        // for the others pages of the pool that the engine compared with them, or zeros, which they
+        // show or their owner gave them up for.
         unsafe { self.move_here(staging.page_address(range.start), &range)? };
         staging.forget();
         Ok(())

@@ -113,6 +113,27 @@ fn an_exit_meets_a_merge_now() {
 }
 
 #[test]
+fn an_exit_meets_a_discard() {
+    explore(|| {
+        let world = World::new(Run::Merge);
+        let (region, other) = (world.register(), world.register());
+        let caller = {
+            let (shared, region) = (world.shared.clone(), Arc::clone(&region));
+            thread::spawn(move || shared.discard(&region, &(0..1)).is_ok())
+        };
+        let worker = world.spawn(|shared| {
+            shared.batch(1);
+        });
+        world.exit(region);
+        caller.join().expect("the caller is told");
+        worker.join().expect("the worker goes on");
+        world.assert_linked(&other);
+        world.exit(other);
+        world.finish();
+    });
+}
+
+#[test]
 fn an_exit_meets_an_unmerge() {
     explore(|| {
         let world = World::new(Run::Merge);

@@ -42,6 +42,8 @@ enum Step {
     MergeNow {
         region: usize,
     },
+    /// A guest gives pages up: the first, and how many. One kind of call may fail after some calls.
+    Discard(usize, (u32, u32), Option<(Call, u32)>),
     Batch {
         pages: u32,
     },
@@ -83,7 +85,8 @@ enum Step {
 fn step(blocks: u32) -> impl Strategy<Value = Step> {
     let pages = PAGES * blocks;
     let region = any::<usize>();
-    let kind = proptest::option::of(proptest::sample::select(&Call::ALL[..]));
+    let failing = proptest::sample::select(&Call::ALL[..]);
+    let kind = proptest::option::of(failing.clone());
     prop_oneof![
         1 => Just(Step::Register),
         8 => (region, 0..pages, 1..pages, 0..6u64, 0..2u64).prop_map(
@@ -95,6 +98,9 @@ fn step(blocks: u32) -> impl Strategy<Value = Step> {
         8 => Just(Step::Pass),
         2 => region.prop_map(|region| Step::MergeNow { region }),
         2 => (1..40u32).prop_map(|pages| Step::Batch { pages }),
+        4 => (region, (0..pages, 1..pages), proptest::option::of((failing, 0..4u32))).prop_map(
+            |(region, pages, failing)| Step::Discard(region, pages, failing)
+        ),
         1 => Just(Step::Unmerge),
         1 => (region, 0..8u32).prop_map(|(region, calls)| Step::StarvedUnmerge { region, calls }),
         4 => (region, kind, 0..4u32).prop_map(
@@ -157,6 +163,12 @@ impl World {
     /// Pages of a region that guests write to.
     fn pages(&self) -> u32 {
         PAGES * self.blocks
+    }
+
+    /// All pages from one that guests write to on, to the last of so many.
+    fn span(&self, page: u32, pages: u32) -> Range<u32> {
+        let last = self.pages().min(page + pages) - 1;
+        page_at(page)..page_at(last) + 1
     }
 
     fn register(&mut self) {
@@ -240,6 +252,9 @@ impl World {
             Step::Batch { pages } => {
                 self.shared.batch(pages);
             }
+            Step::Discard(region, (page, pages), failing) if count > 0 => {
+                let _ = self.discard(region % count, &self.span(page, pages), failing);
+            }
             Step::Unmerge => self.unmerge(),
             Step::StarvedUnmerge { region, calls } if count > 0 => {
                 self.starved_unmerge(region % count, calls);
@@ -265,8 +280,7 @@ impl World {
                 written,
                 unmerge,
             } if count > 0 => {
-                let last = self.pages().min(page + pages) - 1;
-                let pages = page_at(page)..page_at(last) + 1;
+                let pages = self.span(page, pages);
                 self.pinned_pass(region % count, &pages, written, unmerge);
             }
             Step::Exit { region } if count > 0 => {
@@ -547,6 +561,7 @@ proptest! {
 }
 
 mod basing;
+mod discarding;
 mod elsewhere;
 mod failing;
 mod mappings;

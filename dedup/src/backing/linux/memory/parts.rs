@@ -44,7 +44,7 @@ impl LinuxMemory {
         let (advice, flags) = (libc::MADV_DONTNEED, 0);
         // SAFETY:
         // - `span` checked that each span lies inside the reserved range, which is ours alone.
-        // - As in `advise`: what is dropped holds zeros, or covers an equal page of the pool.
+        // - As in `advise`: what is dropped holds zeros, was given up, or covers an equal page of the pool.
         // - `spans` is valid for as long as the call takes.
         let advised_bytes = unsafe {
             libc::syscall(

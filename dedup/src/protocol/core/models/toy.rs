@@ -200,6 +200,16 @@ impl Work for Toy {
         Ok(())
     }
 
+    fn discard(&mut self, inside: &Entered<'_, Memory>, _pages: &PageRange) -> io::Result<u32> {
+        inside.backing().touch();
+        if let Some(shared) = self.shared.upgrade() {
+            let is_linked = sync::lock(&shared.ring).is_linked(inside.region.id());
+            assert!(is_linked, "pages of a region without a slot are given up");
+        }
+        inside.backing().touch();
+        Ok(1)
+    }
+
     fn set_hurried(&mut self, hurried: bool, _is_short: bool) {
         self.hurried = hurried;
     }
