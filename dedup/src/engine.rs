@@ -314,13 +314,16 @@ impl RegionAccess {
 
     /// Gives up pages, as a balloon or free page reporting does: they show zeros afterwards and take no
     /// memory until they are written to. `MADV_DONTNEED` would show what the pool holds there. Who
-    /// writes to them meanwhile finds either. Returns how many were given up: pinned pages are left as
-    /// they are, with those beside them, as is what would take more VMAs than there are.
+    /// writes to them meanwhile finds either. Returns how many were given up. It goes by blocks of 512
+    /// pages: those of a block that has a pinned one among them are left as they are, as are those that
+    /// would take more VMAs than there are.
     ///
-    /// Waits for the batch in hand; the worker, an unmerge and an exit wait for 512 pages at most.
+    /// Waits for the batch in hand, and for an unmerge, which may wait for memory. So nobody calls it
+    /// whom the end of a VM waits for, such as an event loop. The worker, an unmerge and an exit wait
+    /// for one block.
     ///
     /// # Errors
-    /// [`AccessError`]; pages before those that were refused are given up.
+    /// [`AccessError`]; blocks before the one that was refused are given up.
     pub fn discard(&self, pages: Range<u32>) -> Result<u32, AccessError> {
         AccessError::check(&pages, self.region.backing().pages())?;
         self.shared.discard(&self.region, &pages)

@@ -283,6 +283,8 @@ impl<B: Backing> Scanner<B> {
         let most = scored.iter().map(|&(pages, _)| pages).max().unwrap_or(0);
         let is_good = |&&(pages, _): &&(u32, PoolPage)| pages > 0 && pages >= most - most / 8;
         let best = scored.iter().find(is_good).copied();
+        // Over nothing if nothing is shared: zeros would keep the places that they lie over.
+        let base = base.filter(|_| shared_pages > 0);
         let (kept, first) = best.map_or((0, base), |(pages, first)| (pages, Some(first)));
         let lost_pages = shared_pages.saturating_sub(kept);
         if !gives_back && !is_broken(vmas, lost_pages, self.heal_vmas_min) {

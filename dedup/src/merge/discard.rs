@@ -10,6 +10,7 @@
 use std::io;
 
 use crate::backing::Backing;
+use crate::backing::linux::Urgent;
 use crate::base::page::{PageRange, range_pages};
 use crate::index::layouts::block_of;
 use crate::merge::domain::Scanner;
@@ -18,11 +19,12 @@ use crate::pages::item::PageState;
 use crate::pages::region::Entered;
 
 impl<B: Backing> Scanner<B> {
-    /// Gives up pages of one block: they show zeros afterwards and take no memory. Returns how many;
-    /// pinned ones are left as they are, and what is left to do when the region exits.
+    /// Gives up pages of one block: they show zeros afterwards and take no memory. Returns how many:
+    /// all or none, which are left as they are if one is pinned, if there are no mappings left for
+    /// them, or if the region is exiting.
     ///
     /// # Errors
-    /// When the kernel refuses. Pages before the one that it refused are given up.
+    /// When the kernel refuses. All is as it was then.
     pub(crate) fn discard(
         &mut self,
         inside: &Entered<'_, B>,
@@ -31,44 +33,38 @@ impl<B: Backing> Scanner<B> {
         if *pages != block_of(pages.start, inside.backing().pages()) {
             self.split_if_huge(inside, pages.start);
         }
-        let discarded = self.discard_runs(inside, pages);
+        let discarded = self.try_discard(inside, pages);
+        let block = block_of(pages.start, inside.backing().pages());
+        let items = self.items(inside.region.id());
+        if items.knows_block(pages.start) && items.stable_in(&block) == 0 {
+            self.give_mappings_back(inside, &block);
+        }
         self.reclaim();
         self.publish_region(inside.region);
         discarded
     }
 
-    fn discard_runs(&mut self, inside: &Entered<'_, B>, pages: &PageRange) -> io::Result<u32> {
-        let id = inside.region.id();
-        let mut discarded = 0;
-        let mut next = pages.start;
-        while next < pages.end && !inside.is_exiting() {
-            let items = self.items(id);
-            let is_over_pool = items.in_pool_vma(next);
-            let is_other = |&page: &u32| items.in_pool_vma(page) != is_over_pool;
-            let end = (next..pages.end).find(is_other).unwrap_or(pages.end);
-            discarded += self.discard_run(inside, &(next..end))?;
-            next = end;
-        }
-        Ok(discarded)
-    }
-
-    /// Gives up pages that all lie over the pool, or all over nothing.
-    fn discard_run(&mut self, inside: &Entered<'_, B>, run: &PageRange) -> io::Result<u32> {
-        let id = inside.region.id();
-        let added = self.items(id).vmas_added_by_remap(run);
-        let pages = range_pages(run);
-        if self.items(id).in_pool_vma(run.start)
-            && !self.takes_vmas(added, pages)
-            && !self.base(inside, run.start, None, 0)?
-        {
+    fn try_discard(&mut self, inside: &Entered<'_, B>, pages: &PageRange) -> io::Result<u32> {
+        let items = self.items(inside.region.id());
+        // Then all of them as one: pages of both kinds may take turns, and each run some ten calls.
+        let are_over_pool = pages.clone().any(|page| items.in_pool_vma(page));
+        let added = match are_over_pool {
+            true => items.vmas_added_by_remap(pages),
+            false => 0,
+        };
+        let count = range_pages(pages);
+        if !self.takes_vmas(added, count) {
             return Ok(0);
         }
-        let is_over_pool = self.items(id).in_pool_vma(run.start);
-        let staging = match is_over_pool {
-            true => Some(inside.backing().stage(&self.pool, run.clone(), None)?),
-            false => None,
-        };
-        let mut protected = Protected::new(inside, run.clone())?;
+        // Its mapping calls hold the lock that page faults of all guests need.
+        let _urgent = Urgent::begin();
+        let mut staging = None;
+        if are_over_pool {
+            let staged = inside.backing().stage(&self.pool, pages.clone(), None);
+            self.vmas.note_tried(added, &staged);
+            staging = Some(staged?);
+        }
+        let mut protected = Protected::new(inside, pages.clone())?;
         if protected.any_pinned() || inside.is_exiting() {
             return Ok(0);
         }
@@ -79,27 +75,29 @@ impl<B: Backing> Scanner<B> {
                 replaced?;
             }
             None => {
-                protected.discard(std::slice::from_ref(run))?;
+                protected.discard(std::slice::from_ref(pages))?;
             }
         }
         drop(protected);
-        self.note_discarded(inside, run, is_over_pool);
-        Ok(pages)
+        self.note_discarded(inside, pages, are_over_pool);
+        Ok(count)
     }
 
-    fn note_discarded(&mut self, inside: &Entered<'_, B>, run: &PageRange, was_over_pool: bool) {
+    fn note_discarded(&mut self, inside: &Entered<'_, B>, pages: &PageRange, were_over_pool: bool) {
         let id = inside.region.id();
-        for page in run.clone() {
+        for page in pages.clone() {
             self.unshared_by_guest(id, page);
             self.items(id).set_state(page, PageState::Untracked);
         }
-        // Last: a stable page's item names its pool page by the mapping under it.
-        if was_over_pool {
-            self.remap(id, run, None);
+        if were_over_pool {
+            // Last: a stable page's item names its pool page by the mapping under it.
+            self.remap(id, pages, None);
+            let mut block = block_of(pages.start, inside.backing().pages());
+            let items = self.items(id);
+            if !block.any(|page| items.in_pool_vma(page)) {
+                items.set_base(pages.start, None);
+            }
         }
-        if was_over_pool && *run == block_of(run.start, inside.backing().pages()) {
-            self.items(id).set_base(run.start, None);
-        }
-        self.pages_discarded += u64::from(range_pages(run));
+        self.pages_discarded += u64::from(range_pages(pages));
     }
 }

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::sync::Arc as StdArc;
-use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::time::{Duration, Instant};
 
 use crate::base::budget::Budget;
 use crate::base::mutant::{self, Mutant};
@@ -18,6 +18,10 @@ use crate::protocol::scan_state::{Batch, Work};
 /// What a step costs a batch at least, in pages: a window without a page in memory takes a system
 /// call, and a region that exited has items to be dropped.
 const STEP_PAGES_MIN: u32 = 8;
+
+/// How long whoever takes the worker mutex in a loop lets others go first: about what it takes a
+/// thread to wake up.
+const TURN: Duration = Duration::from_micros(100);
 
 /// How a region left its engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +45,8 @@ pub(crate) struct Shared<W: Work> {
     pub(crate) work: Condvar,
     published: Mutex<Stats>,
     next_id: AtomicU64,
+    /// Threads that wait for the worker mutex.
+    waiting: AtomicU32,
 }
 
 impl<W: Work> Shared<W> {
@@ -54,6 +60,7 @@ impl<W: Work> Shared<W> {
             work: Condvar::new(),
             published: Mutex::new(stats),
             next_id: AtomicU64::new(1),
+            waiting: AtomicU32::new(0),
         }
     }
 
@@ -133,7 +140,7 @@ impl<W: Work> Shared<W> {
 
     /// Scans until `pages` pages were visited, one pass is over, or `run` says stop.
     pub(crate) fn batch(&self, pages: u32) -> Batch {
-        let mut scanner = sync::lock(&self.scanner);
+        let mut scanner = self.lock_scanner();
         // Lock order: worker mutex -> control.
         {
             let control = sync::lock(&self.control);
@@ -187,7 +194,7 @@ impl<W: Work> Shared<W> {
 
     /// Finishes every exiting region, whatever `run` says: a stopped worker leaks nothing.
     pub(crate) fn reap(&self) {
-        let mut scanner = sync::lock(&self.scanner);
+        let mut scanner = self.lock_scanner();
         sync::lock(&self.control).reap = false;
         let regions = sync::lock(&self.ring).regions();
         for (id, region) in regions {
@@ -221,7 +228,7 @@ impl<W: Work> Shared<W> {
             Run::Merge => return Ok(()),
             Run::Stop => {
                 if !mutant::is(Mutant::StopUnawaited) {
-                    drop(sync::lock(&self.scanner));
+                    drop(self.lock_scanner());
                 }
                 return Ok(());
             }
@@ -237,7 +244,7 @@ impl<W: Work> Shared<W> {
 
     /// Unmerges every region. Waits for the batch in hand, and keeps the worker out meanwhile.
     pub(crate) fn unmerge_all(&self) -> io::Result<()> {
-        let mut scanner = sync::lock(&self.scanner);
+        let mut scanner = self.lock_scanner();
         let regions = {
             let mut ring = sync::lock(&self.ring);
             ring.rewind();
@@ -330,8 +337,21 @@ impl<W: Work> Shared<W> {
         true
     }
 
+    /// Takes the worker mutex.
     pub(crate) fn lock_scanner(&self) -> MutexGuard<'_, W> {
-        sync::lock(&self.scanner)
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let scanner = sync::lock(&self.scanner);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        scanner
+    }
+
+    /// Takes the worker mutex again and again: others who wait for it come first. A lock that is
+    /// released and taken at once goes to the thread that runs.
+    pub(crate) fn lock_scanner_in_turn(&self) -> MutexGuard<'_, W> {
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            std::thread::sleep(TURN);
+        }
+        self.lock_scanner()
     }
 
     /// Does a caller's work in a region, between two windows of the worker. `None` if it is exiting.

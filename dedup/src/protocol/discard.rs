@@ -21,7 +21,7 @@ impl<W: Work> Shared<W> {
         let mut next = pages.start;
         while next < pages.end {
             let window = window_from(next, pages.end);
-            let mut scanner = self.lock_scanner();
+            let mut scanner = self.lock_scanner_in_turn();
             let done = self.take_turn(&mut scanner, region, |scanner, inside| {
                 scanner.discard(inside, &window)
             });

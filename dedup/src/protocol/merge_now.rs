@@ -89,7 +89,7 @@ impl<W: Work> Shared<W> {
         region: &RegionRef<W::Memory>,
         page: u32,
     ) -> Result<Visited, MergeNowError> {
-        let mut scanner = self.lock_scanner();
+        let mut scanner = self.lock_scanner_in_turn();
         // Lock order: worker mutex -> control, released at once.
         if sync::lock(&self.control).run != Run::Merge {
             return Err(MergeNowError::NotMerging);

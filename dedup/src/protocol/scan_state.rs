@@ -71,10 +71,10 @@ pub(crate) trait Work: std::fmt::Debug {
     /// When a copy can't be had. Pages not unmerged by then stay merged and accounted for.
     fn unmerge(&mut self, inside: &Entered<'_, Self::Memory>) -> io::Result<()>;
 
-    /// Gives up pages of one block of an attached region. Returns how many.
+    /// Gives up pages of one block of an attached region. Returns how many: all or none.
     ///
     /// # Errors
-    /// When the kernel refuses. Pages before the one that it refused are given up.
+    /// When the kernel refuses. All is as it was then.
     fn discard(&mut self, inside: &Entered<'_, Self::Memory>, pages: &PageRange)
     -> io::Result<u32>;
 
