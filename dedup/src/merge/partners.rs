@@ -4,6 +4,7 @@ use crate::backing::Backing;
 use crate::base::page::{PoolPage, runs};
 use crate::index::fingerprint::Fingerprint;
 use crate::index::layouts::{block_number, block_of, place_in};
+use crate::merge::apply::run_len;
 use crate::merge::domain::Scanner;
 use crate::merge::plan::{Calm, Plan};
 use crate::pages::item::PageState;
@@ -18,6 +19,9 @@ const SAMPLE_PAGES: usize = 16;
 
 /// Pages of a run from which on it is mapped before it was calm for long.
 const RUN_PAGES_MIN: usize = 16;
+
+/// What a run in the middle of a mapping adds: its own mapping, and that of what is behind it.
+const VMAS_OF_RUN: i64 = 2;
 
 /// Where an equal page is known.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,15 +80,14 @@ impl<B: Backing> Scanner<B> {
             }
         }
         open.sort_unstable_by_key(|(calm, _)| calm.page);
-        let mut is_run = self.hasten_runs(id, &mut open).into_iter();
+        self.hasten_runs(id, &mut open);
         for (calm, peer) in open {
             let place = place_of(calm.page);
-            let is_run = is_run.next().unwrap_or(false);
             let extends = self.next_stable(id, &calm, plan);
             if let Some(next) = extends {
                 plan.stable.push((calm.page, next));
             } else if let Some(peer) = peer
-                && !is_run
+                && !calm.is_in_run
                 && place.is_some_and(|place| self.stable.is_empty(place))
             {
                 plan.pair((calm.page, calm.fingerprint), (peer, calm.page));
@@ -248,9 +251,9 @@ impl<B: Backing> Scanner<B> {
     }
 
     /// Has ascending calm pages mapped at once that are a long run of another region's pages, or of the
-    /// pool's: it takes one mapping. Tells which are a run of the pool's: to fill the places of these too
-    /// would take a page for each.
-    fn hasten_runs(&self, id: RegionId, open: &mut [(Calm, Option<RegionId>)]) -> Vec<bool> {
+    /// pool's, if there are mappings for that: it takes one. To fill the places of the latter too would
+    /// take a page for each.
+    fn hasten_runs(&self, id: RegionId, open: &mut [(Calm, Option<RegionId>)]) {
         let equals: Vec<(u32, Option<Equal>)> = open
             .iter()
             .map(|(calm, _)| (calm.page, self.equal_of(id, calm)))
@@ -258,19 +261,17 @@ impl<B: Backing> Scanner<B> {
         let is_next = |a: &(u32, Option<Equal>), b: &(u32, Option<Equal>)| {
             a.0 + 1 == b.0 && a.1.is_some_and(|equal| b.1 == Some(equal.next()))
         };
-        let mut is_run = Vec::with_capacity(open.len());
         let mut rest = open;
         for run in runs(&equals, usize::MAX, is_next) {
             let (mine, others) = rest.split_at_mut(run.len());
-            let is_long = run.len() >= RUN_PAGES_MIN;
-            if is_long {
-                mine.iter_mut().for_each(|(calm, _)| calm.may_map = true);
+            if run.len() >= RUN_PAGES_MIN && self.takes_vmas(VMAS_OF_RUN, run_len(run)) {
+                let is_in_run = matches!(run[0].1, Some(Equal::Stable(_)));
+                for (calm, _) in mine {
+                    (calm.may_map, calm.is_in_run) = (true, is_in_run);
+                }
             }
-            let is_stable = matches!(run[0].1, Some(Equal::Stable(_)));
-            is_run.resize(is_run.len() + run.len(), is_long && is_stable);
             rest = others;
         }
-        is_run
     }
 
     /// Where an equal of a calm page is known.
@@ -289,7 +290,8 @@ impl<B: Backing> Scanner<B> {
             self.attached.get(&id)?.items.state(calm.page),
             PageState::LeftOut { .. }
         );
-        if self.vmas.are_refused() || is_left_out && !self.vmas.have_plenty() {
+        // The account does not know that the kernel joins the two.
+        if !self.takes_vmas(1, 1) || is_left_out && !self.vmas.have_plenty() {
             return None;
         }
         let last = plan.stable.last().filter(|last| last.0 + 1 == calm.page);

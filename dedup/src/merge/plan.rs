@@ -16,6 +16,8 @@ pub(crate) struct Calm {
     /// Whether it may get a mapping of its own. Not before it was calm for a while: another region may
     /// yet come to hold the same at the same place, which takes none.
     pub(crate) may_map: bool,
+    /// Whether it is one of a long run of the pool's.
+    pub(crate) is_in_run: bool,
 }
 
 /// A calm page, and a calm page elsewhere that had the same fingerprint when it was visited.
@@ -130,6 +132,7 @@ impl<B: Backing> Scanner<B> {
             page,
             fingerprint,
             may_map: self.may_map(id, page),
+            is_in_run: false,
         });
     }
 

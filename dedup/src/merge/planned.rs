@@ -35,6 +35,7 @@ impl<B: Backing> Scanner<B> {
             page,
             fingerprint,
             may_map: true,
+            is_in_run: false,
         }));
         again.calm.sort_unstable_by_key(|calm| calm.page);
         // The founding pair's partner may be this very page.

@@ -41,6 +41,26 @@ fn a_long_run_that_the_pool_has_is_mapped_and_its_own_places_are_not_filled() {
 }
 
 #[test]
+fn without_mappings_for_a_long_run_its_own_places_are_filled() {
+    let mut world = of_regions(4);
+    for region in [0, 2] {
+        write_run(&mut world, region, 0);
+    }
+    world.check_settled();
+    world.shared.lock_scanner().vmas.change(0, 980);
+    // Nobody looks again at what these leave out.
+    for region in [1, 3] {
+        write_run(&mut world, region, 1);
+    }
+    (0..8).for_each(|_| world.pass());
+    world.check();
+    let stats = world.shared.stats();
+    assert_eq!(stats.pages_over_vma_budget, 0, "{stats:?}");
+    assert_eq!(stats.pages_shared, 2 * u64::from(RUN), "{stats:?}");
+    assert_eq!(stats.pages_sharing, 2 * u64::from(RUN), "{stats:?}");
+}
+
+#[test]
 fn content_that_comes_page_by_page_lies_in_the_order_of_the_oldest_guest() {
     let mut world = of_regions(4);
     for step in 0..RUN {
