@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use guest::{LONG, Lab, skip};
 use vmm::config::{HugePages, MergeMode};
-use vmm::{EndReason, GuestReport, VmConfig, VmId};
+use vmm::{EndReason, GuestReport, Limit, MonitorError, VmConfig, VmId};
 
 fn pageload(args: &str, merge: MergeMode) -> VmConfig {
     let mut config = VmConfig::new(vmm::config::BUILTIN_PAGELOAD);
@@ -106,4 +106,42 @@ fn huge_pages_are_merged_under_running_guests_too() {
         assert_eq!(report(&lab, vm).verify_errors, 0, "{vm}");
         lab.monitor.stop(vm).unwrap();
     }
+}
+
+#[test]
+fn an_unmerge_that_does_not_fit_is_refused_before_a_page_is_unmerged() {
+    if skip() {
+        return;
+    }
+    let lab = Lab::new();
+    let engine = lab.monitor.engine();
+    engine.set_run(dedup::Run::Merge).unwrap();
+    for seed in 0..2 {
+        let args = format!("seed={seed} shared=90 zero=0 private=10 passes=0 pace_ms=50");
+        let mut config = pageload(&args, MergeMode::On);
+        config.machine_config.mem_size_mib = 64;
+        lab.start(&format!("vm{seed}"), config);
+    }
+    wait_until("they are merged", || engine.stats().pages_sharing > 12_000);
+    // What is merged stays as it is, but for what guests write.
+    engine.set_run(dedup::Run::Stop).unwrap();
+    let before = engine.stats().pages_sharing;
+    let use_bytes = lab.monitor.memory().use_bytes;
+    // The first budget that ends nobody and leaves room for a part of the copies.
+    let mut refusals = (1..).filter_map(|step| {
+        let budget_bytes = use_bytes + (step << 22);
+        lab.monitor.try_set_memory_budget(Some(budget_bytes)).ok()?;
+        match lab.monitor.set_run(dedup::Run::Unmerge).unwrap_err() {
+            MonitorError::UnmergeNoRoom(refusal) => Some((budget_bytes, refusal)),
+            error => panic!("{error}"),
+        }
+    });
+    let found = refusals.find(|(_, refusal)| refusal.room_bytes > 8 << 20);
+    let (budget_bytes, refusal) = found.unwrap();
+    assert_eq!(refusal.limit, Limit::Budget);
+    assert_eq!(refusal.limit_bytes, budget_bytes);
+    let (copied, missing) = (refusal.needed_bytes, refusal.missing_bytes());
+    assert!(copied >= 12_000 * 4096 && missing > 0, "{refusal:?}");
+    assert_eq!(engine.stats().pages_sharing, before);
+    assert_eq!(lab.monitor.memory().oom_victims, 0);
 }
