@@ -33,12 +33,14 @@
 //! | [`lock_down`] | what a monitor gives up before it begins |
 //! | [`limits`], [`signals`] | of the process: open files, sizes of files; what ends it |
 //! | [`terminal`], [`table`], [`bytes`], [`note`] | the user's side: keys in, columns, sizes and words out |
+//! | [`spool`] | files that nobody waits for: the log, and what [`telemetry`] writes |
 //!
 //! # Locks
 //! The VMs' sockets are under a lock that the backend's roster is taken under, see [`vm_sockets`]. Those
-//! of [`telemetry`] are leaves. Else three of our own, `FrontDoor`'s roster, its lock of patches and its
-//! places, one at a time; see [`front_door`]. Where domains are processes there is none of these but a
-//! gateway's, in its order: a domain's `monitor`, then the roster; see [`domains::gateway`].
+//! of [`telemetry`] have those of [`spool`] below them, which are leaves. Else three of our own,
+//! `FrontDoor`'s roster, its lock of patches and its places, one at a time; see [`front_door`]. Where
+//! domains are processes there is none of these but a gateway's, in its order: a domain's `monitor`,
+//! then the roster; see [`domains::gateway`].
 //! No lock of a monitor is taken under the roster but those inside `Monitor::new`, and under the
 //! other only the engine's control.
 //!
@@ -81,6 +83,7 @@ pub mod route;
 pub mod server;
 pub mod signals;
 pub mod socket;
+pub mod spool;
 pub mod table;
 pub mod telemetry;
 pub mod terminal;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use samepage::cli::{Cli, Command};
-use samepage::note::note;
+use samepage::note::{LogTarget, last_note, note};
 use samepage::{command, lock_down};
 
 /// How long the end of the process waits for requests that still run, if all is well so far.
@@ -16,7 +16,10 @@ const LAST_WAIT: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .target(env_logger::Target::Pipe(Box::new(LogTarget::default())))
+        .init();
+    let is_server = matches!(cli.command, Command::Serve(_) | Command::Monitor(_));
     if let Command::Monitor(args) = &cli.command {
         // Before there is a second thread, which it would not hold for.
         for part in lock_down::lock_down(args.console_tails.as_deref()) {
@@ -43,7 +46,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
         Err(error) => {
-            note(format_args!("error: {error}"));
+            let tell = if is_server { last_note } else { note };
+            tell(format_args!("error: {error}"));
             ExitCode::FAILURE
         }
     }

@@ -1,11 +1,12 @@
 //! What Firecracker's `/logger` and `/metrics` write of each VM: lines of text and of JSON, to a file or
 //! a named pipe that its client names.
 //!
-//! Nothing here waits for a reader. A line that does not fit into a pipe is lost, and counted.
+//! Nothing here waits for a reader, and nothing for storage that hangs. A line that does not fit into a
+//! pipe, or into the queue of a file that is not written, is lost and counted.
 //!
 //! # Locks
-//! `vms` is held to look a VM up. `state` of a VM is held while a line of it is written. Neither is held
-//! while anything else waits.
+//! `vms` is held to look a VM up. `state` of a VM is held while a line of it is written, which is as long
+//! as [`crate::spool`] waits. Neither is held while a file is opened or closed.
 
 mod counts;
 mod sink;
@@ -21,7 +22,7 @@ use vmm::VmId;
 use crate::fault::Fault;
 use crate::request::Request;
 use counts::Counts;
-use sink::Sink;
+use sink::{OpenSinks, Sink};
 
 /// How often metrics are written without being asked for, as in Firecracker.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(60);
@@ -104,6 +105,7 @@ pub struct Telemetry {
 #[derive(Debug)]
 struct VmTelemetry {
     id: VmId,
+    open: OpenSinks,
     state: Mutex<State>,
 }
 
@@ -128,6 +130,7 @@ impl Telemetry {
     pub fn admit(&self, id: &VmId) {
         let vm = Arc::new(VmTelemetry {
             id: id.clone(),
+            open: OpenSinks::default(),
             state: Mutex::default(),
         });
         self.lock().insert(id.clone(), vm);
@@ -143,9 +146,10 @@ impl Telemetry {
     /// # Errors
     /// 400 if the file cannot be opened.
     pub fn set_logger(&self, id: &VmId, config: LoggerConfig) -> Result<(), Fault> {
-        let sink = config.log_path.as_deref().map(Sink::open).transpose();
-        let sink = sink.map_err(|error| Fault::bad_request(format!("log_path: {error}")))?;
         let vm = self.of(id)?;
+        let open = |path| Sink::open(path, &vm.open);
+        let sink = config.log_path.as_deref().map(open).transpose();
+        let sink = sink.map_err(|error| Fault::bad_request(format!("log_path: {error}")))?;
         let mut state = vm.lock();
         if let Some(sink) = sink {
             state.log = Some(sink);
@@ -164,9 +168,9 @@ impl Telemetry {
     /// # Errors
     /// 400 if the file cannot be opened, or there is one already, as in Firecracker.
     pub fn set_metrics(&self, id: &VmId, config: &MetricsConfig) -> Result<(), Fault> {
-        let sink = Sink::open(&config.metrics_path);
-        let sink = sink.map_err(|error| Fault::bad_request(format!("metrics_path: {error}")))?;
         let vm = self.of(id)?;
+        let sink = Sink::open(&config.metrics_path, &vm.open);
+        let sink = sink.map_err(|error| Fault::bad_request(format!("metrics_path: {error}")))?;
         {
             let mut state = vm.lock();
             if state.metrics.is_some() {
@@ -210,7 +214,7 @@ async fn flush_each_minute(vm: Weak<VmTelemetry>) {
         let Some(vm) = vm.upgrade() else {
             return;
         };
-        // A file may be on a disk that is slow.
+        // Which waits for a disk that is slow, if not for long.
         let _ = tokio::task::spawn_blocking(move || vm.flush()).await;
     }
 }
@@ -233,11 +237,11 @@ impl VmTelemetry {
             return;
         };
         let line = counts.line(emits_id.then_some(&self.id));
-        match metrics.write(&line) {
+        if metrics.write(&line) {
             // What was told is told once: Firecracker's counters begin anew with each line.
-            true => counts.begin_anew(),
-            false => counts.add("logger", "missed_metrics_count", 1),
+            counts.begin_anew();
         }
+        counts.add("logger", "missed_metrics_count", metrics.take_lost());
     }
 
     fn note(&self, what: &Noted, refused: Option<&str>) {
@@ -270,10 +274,10 @@ impl VmTelemetry {
                 .module
                 .as_ref()
                 .is_none_or(|module| ORIGIN.starts_with(module))
-            && !log.write(&log_line(&self.id, level, log_config, &text))
         {
-            counts.add("logger", "missed_log_count", 1);
+            log.write(&log_line(&self.id, level, log_config, &text));
         }
+        counts.add("logger", "missed_log_count", log.take_lost());
     }
 }
 

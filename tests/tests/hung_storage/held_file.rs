@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use fuser::consts::FOPEN_DIRECT_IO;
 use fuser::{
     BackgroundSession, FUSE_ROOT_ID, FileAttr, FileType, Filesystem, MountOption, ReplyAttr,
-    ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, Request,
+    ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, Request, TimeOrNow,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -84,10 +84,10 @@ impl Held {
         match waiting {
             Waiting::Reader(data, reply) => reply.data(&data),
             Waiting::Writer { start, data, reply } => {
-                let place = self.content.get_mut(start..).unwrap_or_default();
-                let written = place.len().min(data.len());
-                place[..written].copy_from_slice(&data[..written]);
-                reply.written(u32::try_from(written).unwrap_or(u32::MAX));
+                let end = start + data.len();
+                self.content.resize(end.max(self.content.len()), 0);
+                self.content[start..end].copy_from_slice(&data);
+                reply.written(u32::try_from(data.len()).unwrap_or(u32::MAX));
             }
             Waiting::Other(reply) => reply.ok(),
         }
@@ -165,6 +165,28 @@ fn lock(held: &Mutex<Held>) -> MutexGuard<'_, Held> {
     held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn attributes(held: &Held) -> FileAttr {
+    let size = held.content.len() as u64;
+    let at = SystemTime::UNIX_EPOCH;
+    FileAttr {
+        ino: FUSE_ROOT_ID,
+        size,
+        blocks: size.div_ceil(512),
+        atime: at,
+        mtime: at,
+        ctime: at,
+        crtime: at,
+        kind: FileType::RegularFile,
+        perm: 0o600,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
 /// A file system of one file, which is its root.
 struct Files {
     reads: Reads,
@@ -173,26 +195,32 @@ struct Files {
 
 impl Filesystem for Files {
     fn getattr(&mut self, _: &Request<'_>, _: u64, _: Option<u64>, reply: ReplyAttr) {
-        let size = lock(&self.held).content.len() as u64;
-        let at = SystemTime::UNIX_EPOCH;
-        let attributes = FileAttr {
-            ino: FUSE_ROOT_ID,
-            size,
-            blocks: size.div_ceil(512),
-            atime: at,
-            mtime: at,
-            ctime: at,
-            crtime: at,
-            kind: FileType::RegularFile,
-            perm: 0o600,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        };
-        reply.attr(&TTL, &attributes);
+        reply.attr(&TTL, &attributes(&lock(&self.held)));
+    }
+
+    fn setattr(
+        &mut self,
+        _: &Request<'_>,
+        _: u64,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        size: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<u64>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<u32>,
+        reply: ReplyAttr,
+    ) {
+        let mut held = lock(&self.held);
+        if let Some(size) = size.and_then(|size| usize::try_from(size).ok()) {
+            held.content.resize(size, 0);
+        }
+        reply.attr(&TTL, &attributes(&held));
     }
 
     fn open(&mut self, _: &Request<'_>, _: u64, _: i32, reply: ReplyOpen) {

@@ -1,6 +1,7 @@
 //! Storage that stops answering holds up nobody but who asked it for something.
 
 mod held_file;
+mod written_files;
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -50,8 +51,12 @@ impl Host {
     fn start() -> Host {
         // Before the server is there, which has to see them.
         held_file::own_mounts();
+        Host::of(Server::start(&["--domain", "ci"]))
+    }
+
+    fn of(server: Server) -> Host {
         Host {
-            server: Server::start(&["--domain", "ci"]),
+            server,
             kernel: KernelFile::new(&READER.code_that_tells()),
             plain: plain_disk(),
         }
