@@ -1,23 +1,43 @@
 //! What the consoles of a domain's VMs showed last, a file each: for when their monitor is gone.
+//!
+//! A file is written by a task that reads the console as its clients do. Whoever prints, a vCPU, waits
+//! neither for it nor for the storage: a file that hangs misses what the console's history is too short
+//! for, and is begun anew. What was printed in the moment before a monitor was killed may be missing.
+//! Rejected: to write where it is printed. A vCPU that waits for storage can be neither paused nor ended,
+//! and keeps the console's lock.
+
+mod tail;
 
 use std::fs::{File, OpenOptions};
+use std::future::poll_fn;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
-use vmm::{Console, ConsoleTail, VmId};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio::task::spawn_blocking;
+use vmm::{Console, ConsoleReader, VmId};
+
+use tail::ConsoleTail;
 
 /// The directory of them.
 #[derive(Debug, Clone)]
 pub struct ConsoleTails {
     directory: PathBuf,
+    /// Whoever writes a file. They are all on the same storage: if that hangs, it keeps one thread.
+    turn: Arc<Semaphore>,
 }
 
 impl ConsoleTails {
     /// Those in `directory`, which need not be there yet.
     pub fn new(directory: PathBuf) -> ConsoleTails {
-        ConsoleTails { directory }
+        ConsoleTails {
+            directory,
+            turn: Arc::new(Semaphore::new(1)),
+        }
     }
 
     /// Where they are.
@@ -25,7 +45,8 @@ impl ConsoleTails {
         &self.directory
     }
 
-    /// Has `console` keep what it shows from now on. Where that cannot be, the VM goes on without.
+    /// Keeps what `console` shows from now on. Where that cannot be, the VM goes on without. From a
+    /// thread of an async runtime, whose tasks then write it.
     pub fn keep(&self, id: &VmId, console: &Console) {
         let file = OpenOptions::new()
             .create(true)
@@ -35,7 +56,10 @@ impl ConsoleTails {
             .mode(0o600)
             .open(self.path_of(id));
         match file.and_then(ConsoleTail::new) {
-            Ok(tail) => console.keep_tail(tail),
+            Ok(tail) => {
+                let following = follow(console.subscribe(), tail, Arc::clone(&self.turn));
+                Handle::current().spawn(following);
+            }
             Err(error) => log::warn!("vm {id}: cannot keep the tail of its console: {error}"),
         }
     }
@@ -80,12 +104,40 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Writes what `reader` gives until the VM has ended, or the file cannot be written.
+async fn follow(mut reader: ConsoleReader, mut tail: ConsoleTail, turn: Arc<Semaphore>) {
+    let mut missed_bytes = 0;
+    while let Some(bytes) = poll_fn(|cx| reader.poll_read(cx)).await {
+        let has_missed = reader.lost_bytes() > missed_bytes;
+        missed_bytes = reader.lost_bytes();
+        // Nobody closes the semaphore.
+        let _turn = turn.acquire().await;
+        let write = move || {
+            if has_missed {
+                tail.begin_anew()?;
+            }
+            tail.push(&bytes).map(|()| tail)
+        };
+        tail = match spawn_blocking(write).await {
+            Ok(Ok(tail)) => tail,
+            Ok(Err(error)) => {
+                log::warn!("the tail of a console cannot be kept any more: {error}");
+                return;
+            }
+            // The monitor ends.
+            Err(_) => return,
+        };
+    }
+    // Closing it may take as long as writing it.
+    spawn_blocking(move || drop(tail));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn tail_is_read_by_its_vms_id_until_it_is_removed() {
+    #[tokio::test]
+    async fn tail_is_read_by_its_vms_id_until_it_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         let tails = ConsoleTails::new(directory.path().to_owned());
         let id: VmId = "a".parse().unwrap();

@@ -45,6 +45,12 @@ impl State {
         self.0.path().join("domains").join(domain)
     }
 
+    /// Whether `said` is all that is kept of what a VM's console showed.
+    pub fn has_tail(&self, domain: &str, id: &str, said: &[u8]) -> bool {
+        let path = self.directory_of(domain).join("consoles").join(id);
+        std::fs::read(path).is_ok_and(|tail| tail == said)
+    }
+
     /// The monitor that listens on a domain's socket, by the kernel's word.
     ///
     /// # Panics

@@ -29,13 +29,14 @@ fn followed() -> BTreeMap<String, String> {
     shared.chain(lone).collect()
 }
 
-fn launch_followed(server: &Server, id: &str, domain: &str) {
+fn launch_followed(state: &State, server: &Server, id: &str, domain: &str) {
     let kernel = KernelFile::new(&say_and_rest(id));
     let named = (!domain.starts_with("vm:")).then_some(domain);
     launch(server, id, &kernel, named);
     let console = format!("/vms/{id}/console");
     wait_until("the guest has said its name", PATIENCE, || {
         server.call("GET", &console, "").body == id.as_bytes()
+            && state.has_tail(domain, id, id.as_bytes())
     });
 }
 
@@ -227,7 +228,7 @@ impl Host {
         let tail = server.call("GET", &format!("/vms/{id}/console"), "").body;
         assert_eq!(tail, id.as_bytes());
         remove(server, id);
-        launch_followed(server, id, &self.vms[id]);
+        launch_followed(&self.state, server, id, &self.vms[id]);
     }
 }
 
@@ -240,7 +241,7 @@ fn what_must_remain_remains_and_what_must_go_is_gone_after_100_kills() {
     let host = Host::new();
     let mut server = host.state.serve();
     for (id, domain) in &host.vms {
-        launch_followed(&server, id, domain);
+        launch_followed(&host.state, &server, id, domain);
     }
     let names: Vec<&String> = host.domains.iter().collect();
     let mut dice = Dice(0x5eed);

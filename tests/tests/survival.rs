@@ -93,7 +93,7 @@ fn what_a_console_showed_last_outlives_its_monitor() {
     stream.send(b"last words").expect("type");
     let history = || server.call("GET", "/vms/a/console", "").body;
     wait_until("the guest has echoed", PATIENCE, || {
-        history() == b"last words"
+        history() == b"last words" && state.has_tail("ci", "a", b"last words")
     });
     kill(state.monitor("ci"));
     wait_crashed(&server, "a");
@@ -206,7 +206,7 @@ fn a_crashed_vm_is_kept_beside_a_new_monitor_of_its_domain() {
         .expect("type");
     let history = |server: &Server| server.call("GET", "/vms/dead/console", "").body;
     wait_until("the guest has echoed", PATIENCE, || {
-        history(&server) == b"last words"
+        history(&server) == b"last words" && state.has_tail("ci", "dead", b"last words")
     });
     kill(state.monitor("ci"));
     wait_crashed(&server, "dead");

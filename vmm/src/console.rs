@@ -13,8 +13,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use crate::console_tail::ConsoleTail;
-
 /// Bytes of output kept.
 pub const HISTORY_BYTES_MAX: usize = 256 << 10;
 
@@ -99,8 +97,6 @@ struct Log {
     reader_count: u64,
     /// Tasks to wake at the next output, by the number of their reader.
     waiting: BTreeMap<u64, Waker>,
-    /// Where the ring is kept too.
-    tail: Option<ConsoleTail>,
 }
 
 impl Log {
@@ -109,9 +105,6 @@ impl Log {
     }
 
     fn push(&mut self, bytes: &[u8]) {
-        if let Some(tail) = &mut self.tail {
-            tail.push(bytes);
-        }
         self.ring.extend(bytes);
         let excess = self.ring.len().saturating_sub(HISTORY_BYTES_MAX);
         self.ring.drain(..excess);
@@ -149,11 +142,6 @@ impl Console {
     /// The last [`HISTORY_BYTES_MAX`] bytes printed.
     pub fn history(&self) -> Vec<u8> {
         self.shared.lock().since(0, HISTORY_BYTES_MAX).0
-    }
-
-    /// Keeps what is printed from now on in `tail` too.
-    pub fn keep_tail(&self, tail: ConsoleTail) {
-        self.shared.lock().tail = Some(tail);
     }
 
     /// A reader that gets the history first and then what is printed from now on.

@@ -42,7 +42,6 @@
 //! | [`info`], [`error`] | what is told about VMs and errors | pure |
 //! | [`console`] | output ring, readers, input | locks |
 //! | [`rate_limiter`] | token buckets | pure |
-//! | [`console_tail`] | what a console showed last, in a file | files |
 //! | [`memory`] | address space layout; RAM over one host mapping | pure, unsafe |
 //! | [`boot`] | kernel, initrd, command line, tables in guest memory | pure |
 //! | `kvm` | VM, vCPU set-up and threads, gate and kick, exits | system calls, unsafe |
@@ -93,7 +92,6 @@ pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod console;
-pub mod console_tail;
 mod device;
 mod drives;
 pub mod error;
@@ -125,7 +123,6 @@ mod vm;
 
 pub use config::VmConfig;
 pub use console::{Console, ConsoleRead, ConsoleReader};
-pub use console_tail::ConsoleTail;
 pub use error::{ErrorKind, MonitorError};
 pub use guard::gauge::Limit;
 pub use id::{MergeDomain, VmId};

@@ -1,17 +1,19 @@
-//! Files that the server writes for itself or its clients: logs, metrics, standard error.
+//! Files that the server writes for itself or its clients: logs, metrics, standard error, the ends of
+//! consoles.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::Path;
 
 use rustix::process::Signal;
+use samepage_tests::domains::State;
 use samepage_tests::kvm;
 use samepage_tests::server::Server;
 use samepage_tests::wait::{PATIENCE, wait_until};
 use serde_json::json;
 
-use crate::held_file::{HeldFile, Reads, Silence};
+use crate::held_file::{self, HeldFile, Reads, Silence};
 use crate::{Host, plain_disk};
 
 const FLUSH: &str = r#"{"action_type": "FlushMetrics"}"#;
@@ -127,4 +129,42 @@ fn a_standard_error_that_nobody_reads_holds_up_neither_requests_nor_the_end_of_t
     }
     host.assert_neighbours_are_well("well");
     assert_eq!(host.server.stop(Signal::TERM).code(), Some(0));
+}
+
+#[test]
+fn the_end_of_a_console_that_cannot_be_kept_holds_up_neither_its_vm_nor_others() {
+    if !kvm::is_present() {
+        return;
+    }
+    held_file::own_mounts();
+    let state = State::empty();
+    let consoles = state.directory_of("ci").join("consoles");
+    let mut private = std::fs::DirBuilder::new();
+    private
+        .recursive(true)
+        .mode(0o700)
+        .create(&consoles)
+        .unwrap();
+    let arguments = [
+        "--state-dir",
+        state.path(),
+        "--domain",
+        "ci",
+        "--stop-all-on-exit",
+    ];
+    let host = Host::of(Server::start(&arguments));
+    let tail = empty_file();
+    symlink(tail.path(), consoles.join("hung")).unwrap();
+    tail.hold(Silence::Writes);
+    let disk = plain_disk();
+    host.launch("hung", &host.reader_of(disk.path()));
+    wait_until("its tail is written", PATIENCE, || tail.is_waited_for());
+    host.wait_done("hung");
+    host.assert_neighbours_are_well("well");
+    host.stop_vm("hung");
+    tail.let_go();
+    wait_until("its tail is kept", PATIENCE, || {
+        String::from_utf8_lossy(&tail.content()).contains("done")
+    });
+    host.server.done("DELETE", "/vms/hung", "");
 }

@@ -11,15 +11,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::console::HISTORY_BYTES_MAX;
+use vmm::console::HISTORY_BYTES_MAX;
 
 const KEPT_BYTES: u64 = HISTORY_BYTES_MAX as u64;
 
 /// The writing end.
 #[derive(Debug)]
-pub struct ConsoleTail {
-    /// `None` once it could not be written: what comes later would be taken for what came then.
-    file: Option<File>,
+pub(super) struct ConsoleTail {
+    file: File,
     length_bytes: u64,
 }
 
@@ -28,34 +27,40 @@ impl ConsoleTail {
     ///
     /// # Errors
     /// If it cannot be emptied.
-    pub fn new(file: File) -> io::Result<ConsoleTail> {
-        file.set_len(0)?;
-        Ok(ConsoleTail {
-            file: Some(file),
+    pub(super) fn new(file: File) -> io::Result<ConsoleTail> {
+        let mut tail = ConsoleTail {
+            file,
             length_bytes: 0,
-        })
+        };
+        tail.begin_anew()?;
+        Ok(tail)
     }
 
-    /// Keeps what was printed. A file that cannot be written is left as it is.
-    pub fn push(&mut self, bytes: &[u8]) {
-        let Some(file) = &self.file else {
-            return;
-        };
+    /// Empties the file: what comes now does not follow what came before.
+    ///
+    /// # Errors
+    /// If it cannot be emptied.
+    pub(super) fn begin_anew(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.length_bytes = 0;
+        Ok(())
+    }
+
+    /// Keeps what was printed.
+    ///
+    /// # Errors
+    /// If it cannot be written. What comes later must not be kept: it would be taken for this.
+    pub(super) fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
         let bytes = &bytes[bytes.len().saturating_sub(HISTORY_BYTES_MAX)..];
-        match append(file, self.length_bytes, bytes) {
-            Ok(length_bytes) => self.length_bytes = length_bytes,
-            Err(error) => {
-                log::warn!("the tail of a console cannot be kept any more: {error}");
-                self.file = None;
-            }
-        }
+        self.length_bytes = append(&self.file, self.length_bytes, bytes)?;
+        Ok(())
     }
 
     /// The end of `file`, at most [`HISTORY_BYTES_MAX`] bytes.
     ///
     /// # Errors
     /// If it cannot be read.
-    pub fn read(file: &File) -> io::Result<Vec<u8>> {
+    pub(super) fn read(file: &File) -> io::Result<Vec<u8>> {
         let length_bytes = file.metadata()?.len();
         let start = length_bytes.saturating_sub(KEPT_BYTES);
         let kept = usize::try_from(length_bytes - start).unwrap_or(HISTORY_BYTES_MAX);
@@ -86,7 +91,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let mut tail = ConsoleTail::new(file.try_clone().unwrap()).unwrap();
         for part in parts {
-            tail.push(part);
+            tail.push(part).unwrap();
             assert!(file.metadata().unwrap().len() < 2 * KEPT_BYTES);
         }
         ConsoleTail::read(&file).unwrap()
