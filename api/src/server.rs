@@ -40,8 +40,9 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 const ACCEPT_RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// How long the end of all VMs may take when the server stops; what has not ended then ends with the
-/// process. With `FAREWELL_TIME` and the last wait of `main` it makes 20 s.
-pub const CLOSE_TIME: Duration = Duration::from_secs(15);
+/// process. With `DIRECTORY_TIME` of the VMs' sockets, `FAREWELL_TIME` and the last wait of `main` it
+/// makes 20 s.
+pub const CLOSE_TIME: Duration = Duration::from_secs(14);
 /// How long open connections may take to finish when the server stops. Nothing else of its end
 /// waits for a client.
 const FAREWELL_TIME: Duration = Duration::from_secs(2);
@@ -91,13 +92,8 @@ impl Serving {
 
     /// Brings the VMs' sockets in line with the VMs.
     async fn follow_vms(&self) {
-        let Some(sockets) = self.sockets.clone() else {
-            return;
-        };
-        let serving = self.clone();
-        let following = tokio::task::spawn_blocking(move || sockets.follow(&serving));
-        if let Err(error) = following.await {
-            log::error!("sockets of vms: {error}");
+        if let Some(sockets) = &self.sockets {
+            sockets.follow(self.clone()).await;
         }
     }
 }
@@ -138,7 +134,7 @@ pub async fn serve(
         ..
     } = serving;
     if let Some(sockets) = sockets {
-        sockets.close();
+        sockets.close().await;
     }
     // Streams of VMs that go on would not end.
     let waits_for_streams = match &backend {

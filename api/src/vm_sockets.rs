@@ -8,18 +8,22 @@
 //! open one as a step of a creation. VMs come in other ways too, as those of adopted monitors do.
 //!
 //! # Locks
-//! `open` is held while sockets are made and removed. The roster of the backend is taken under it.
+//! `open` is held while sockets are made and removed. The roster of the backend is taken under it. No
+//! request and no end of the server waits long for it: the directory's storage may hang.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use vmm::VmId;
 
 use crate::fault::Fault;
@@ -30,6 +34,8 @@ use crate::socket::{ApiSocket, SocketError};
 const PATH_BYTES_MAX: usize = 107;
 /// Most connections to one VM's socket at a time, Firecracker's limit.
 const CONNECTIONS_MAX: usize = 10;
+/// How long the directory is waited for.
+pub(crate) const DIRECTORY_TIME: Duration = Duration::from_secs(1);
 
 /// Why there can be no sockets in a directory.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +59,8 @@ pub struct VmSockets {
     directory: PathBuf,
     /// `None` once the server stops.
     open: Mutex<Option<BTreeMap<VmId, VmSocket>>>,
+    /// Whoever follows: one thread waits for the directory, not one for each request.
+    turn: Arc<Semaphore>,
 }
 
 /// One VM's.
@@ -86,6 +94,7 @@ impl VmSockets {
         Ok(VmSockets {
             directory: std::path::absolute(directory).map_err(os)?,
             open: Mutex::new(Some(BTreeMap::new())),
+            turn: Arc::new(Semaphore::new(1)),
         })
     }
 
@@ -108,9 +117,31 @@ impl VmSockets {
         )))
     }
 
-    /// Makes the sockets of VMs that have none, and removes those of VMs that are gone. May wait for
-    /// the file system: not for an async thread.
-    pub fn follow(&self, serving: &Serving) {
+    /// Makes the sockets of VMs that have none, and removes those of VMs that are gone. Where the
+    /// directory does not answer the next one to follow does it.
+    pub async fn follow(self: &Arc<VmSockets>, serving: Serving) {
+        let sockets = Arc::clone(self);
+        let following = async move {
+            let turn = Arc::clone(&sockets.turn).acquire_owned().await;
+            let follow = move || {
+                sockets.bring_in_line(&serving);
+                drop(turn);
+            };
+            spawn_blocking(follow).await
+        };
+        match timeout(DIRECTORY_TIME, following).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::error!("sockets of vms: {error}"),
+            Err(_) => self.warn_of_silence(),
+        }
+    }
+
+    fn warn_of_silence(&self) {
+        let directory = self.directory.display();
+        log::warn!("vm sockets {directory}: no answer within {DIRECTORY_TIME:?}");
+    }
+
+    fn bring_in_line(&self, serving: &Serving) {
         let mut open = self.lock();
         let Some(open) = open.as_mut() else {
             return;
@@ -156,8 +187,12 @@ impl VmSockets {
     }
 
     /// Removes all sockets, for good.
-    pub fn close(&self) {
-        drop(self.lock().take());
+    pub async fn close(self: Arc<VmSockets>) {
+        let sockets = Arc::clone(&self);
+        let closing = spawn_blocking(move || drop(sockets.lock().take()));
+        if timeout(DIRECTORY_TIME, closing).await.is_err() {
+            self.warn_of_silence();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<BTreeMap<VmId, VmSocket>>> {
@@ -190,8 +225,11 @@ fn remove_stale(directory: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::mpsc;
 
     use super::*;
+    use crate::front_door::FrontDoor;
+    use crate::server::Backend;
 
     #[test]
     fn a_directory_that_others_may_write_to_is_refused() {
@@ -218,6 +256,31 @@ mod tests {
         let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["file.sock", "live.sock", "other"]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_directory_that_hangs_keeps_neither_the_start_nor_the_end_of_the_server() {
+        let parent = tempfile::tempdir().unwrap();
+        let sockets = Arc::new(VmSockets::in_directory(&parent.path().join("vms")).unwrap());
+        let theirs = Arc::clone(&sockets);
+        let (let_go, held) = mpsc::channel::<()>();
+        let (hung, hangs) = mpsc::channel();
+        // As one that makes a socket there.
+        let holder = std::thread::spawn(move || {
+            let _open = theirs.lock();
+            hung.send(()).unwrap();
+            held.recv().unwrap_err();
+        });
+        hangs.recv().unwrap();
+        let listener = UnixListener::bind(parent.path().join("api.sock")).unwrap();
+        let door = Arc::new(FrontDoor::new(dedup::Settings::default()));
+        let serving = Serving::new(Backend::InProcess(door), Some(sockets));
+        let stop = std::future::ready(());
+        let served = tokio::spawn(server::serve(listener, serving, stop));
+        let served = timeout(Duration::from_secs(120), served).await;
+        drop(let_go);
+        holder.join().unwrap();
+        served.expect("the server ends").unwrap().unwrap();
     }
 
     #[test]
