@@ -22,7 +22,8 @@ pub enum CmdlineError {
 }
 
 /// Composes the command line: `boot_args`, `root=` and `ro` or `rw` for a root drive, one
-/// `virtio_mmio.device=` for each device. What follows ` -- ` in `boot_args` stays at the end.
+/// `virtio_mmio.device=` for each device. What follows a word `--` in `boot_args` stays at the end: it is
+/// for init, and the kernel reads nothing behind it.
 ///
 /// The user's words win: a `root=` of theirs keeps ours away, and so does a `ro` or `rw`. The kernel
 /// takes the last of several, which would be ours.
@@ -30,44 +31,55 @@ pub enum CmdlineError {
 /// # Errors
 /// [`CmdlineError`] when the whole is longer than [`CMDLINE_LEN_MAX`] or there are too many devices.
 pub fn compose(config: &VmConfig) -> Result<Cmdline, CmdlineError> {
-    let mut cmdline = Cmdline::try_from(config.boot_source.boot_args(), CMDLINE_LEN_MAX + 1)?;
+    let (for_kernel, for_init) = split(config.boot_source.boot_args());
+    let mut cmdline = Cmdline::new(CMDLINE_LEN_MAX + 1)?;
+    if !for_kernel.is_empty() {
+        cmdline.insert_str(for_kernel)?;
+    }
     let drives = config.ordered_drives();
     if let Some(root) = drives.first().filter(|drive| drive.is_root_device) {
         let root_arg = match &root.partuuid {
             Some(uuid) => format!("root=PARTUUID={uuid}"),
             None => "root=/dev/vda".to_owned(),
         };
-        let user = KernelWords::of(config.boot_source.boot_args());
-        if !user.any(|word| word.starts_with("root=")) {
+        let user: Vec<&str> = words(for_kernel).collect();
+        if !user.iter().any(|word| word.starts_with("root=")) {
             cmdline.insert_str(root_arg)?;
         }
-        if !user.any(|word| word == "ro" || word == "rw") {
+        if !user.iter().any(|&word| word == "ro" || word == "rw") {
             cmdline.insert_str(if root.is_read_only { "ro" } else { "rw" })?;
         }
     }
     for index in 0..config.virtio_devices().len() {
         cmdline.insert_str(Slot::new(index)?.kernel_parameter())?;
     }
+    // Not as linux-loader's `init_args`, which it has no line for where nothing is for the kernel.
+    if !for_init.is_empty() {
+        cmdline.insert_str(format!("-- {for_init}"))?;
+    }
     Ok(cmdline)
 }
 
-/// The words of a command line that are for the kernel: those before ` -- `, a quoted value in one
-/// piece (`lib/cmdline.c` of Linux, `next_arg`).
-struct KernelWords<'a>(Vec<&'a str>);
-
-impl<'a> KernelWords<'a> {
-    fn of(boot_args: &'a str) -> KernelWords<'a> {
-        let mut is_quoted = false;
-        let words = boot_args.split(move |c: char| {
-            is_quoted ^= c == '"';
-            c == ' ' && !is_quoted
-        });
-        KernelWords(words.take_while(|&word| word != "--").collect())
+/// What is for the kernel, and what is for init: behind the first word `--`.
+fn split(boot_args: &str) -> (&str, &str) {
+    let mut start = 0;
+    for word in words(boot_args) {
+        let end = start + word.len();
+        if word == "--" {
+            return (boot_args[..start].trim(), boot_args[end..].trim());
+        }
+        start = end + 1;
     }
+    (boot_args.trim(), "")
+}
 
-    fn any(&self, is_meant: impl Fn(&str) -> bool) -> bool {
-        self.0.iter().any(|word| is_meant(word))
-    }
+/// The words of a command line, a quoted value in one piece (`lib/cmdline.c` of Linux, `next_arg`).
+fn words(line: &str) -> impl Iterator<Item = &str> {
+    let mut is_quoted = false;
+    line.split(move |c: char| {
+        is_quoted ^= c == '"';
+        c == ' ' && !is_quoted
+    })
 }
 
 #[cfg(test)]
@@ -112,6 +124,26 @@ mod tests {
         config.drives[1].partuuid = Some("1234-01".to_owned());
         config.drives[1].is_read_only = true;
         assert!(text(&config).contains(" root=PARTUUID=1234-01 ro "));
+    }
+
+    #[test]
+    fn what_is_for_init_comes_last_wherever_it_begins() {
+        let mut config = VmConfig::new("k");
+        let mut line = |boot_args: &str, drives: &[Drive]| {
+            config.boot_source.boot_args = Some(boot_args.to_owned());
+            config.drives = drives.to_vec();
+            text(&config)
+        };
+        let root = [drive("rootfs", true)];
+        let ours = "root=/dev/vda rw virtio_mmio.device=4K@0xd0000000:5";
+        assert_eq!(line(" -- arg", &[]), "-- arg");
+        for for_init in ["-- arg", "  --  arg "] {
+            assert_eq!(line(for_init, &root), format!("{ours} -- arg"));
+        }
+        assert_eq!(line("quiet --", &root), format!("quiet {ours}"));
+        let quoted = "a=\" -- \" -- b -- c";
+        let expected = format!("a=\" -- \" {ours} -- b -- c");
+        assert_eq!(line(quoted, &root), expected);
     }
 
     #[test]
