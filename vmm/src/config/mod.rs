@@ -5,6 +5,7 @@
 //! knows and Samepage does not support yet is refused by name when it asks for something, never
 //! silently ignored.
 
+mod balloon;
 mod devices;
 mod drive;
 mod entropy;
@@ -21,6 +22,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use balloon::{BalloonConfig, BalloonPatch};
 pub use devices::VirtioDevice;
 pub use drive::{CacheType, Drive, DriveSamepage, IoEngine};
 pub use entropy::EntropyConfig;

@@ -46,7 +46,16 @@ pub trait Device: Send {
 
     /// Goes back to the state before [`Device::activate`], letting go of queues and guest memory.
     fn reset(&mut self);
+
+    /// Waits until nothing that was asked for before a reset is done to guest memory any more. For the
+    /// vCPU that resets the device: taken with the device's lock held, called without.
+    fn settle(&self) -> Option<Settle> {
+        None
+    }
 }
+
+/// A wait of a vCPU.
+pub type Settle = Box<dyn FnOnce() + Send>;
 
 /// A descriptor of a device's that has a queue served when it becomes readable.
 ///

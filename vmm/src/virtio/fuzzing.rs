@@ -2,6 +2,7 @@
 //!
 //! Everything here is what a guest can do: access registers, write its memory, ring doorbells.
 
+mod balloon;
 mod entropy;
 mod net;
 
@@ -18,6 +19,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use self::balloon::balloon_requests;
 pub use self::entropy::entropy_requests;
 #[cfg(test)]
 pub(crate) use self::net::Wire;
@@ -39,7 +41,7 @@ pub(crate) const DESCRIPTORS: u64 = 0x1000;
 pub(crate) const AVAIL: u64 = 0x2000;
 pub(crate) const USED: u64 = 0x2800;
 pub(crate) const QUEUE_SIZE: u16 = 16;
-pub(crate) const QUEUE_STRIDE: u64 = 0x400;
+pub(crate) const QUEUE_STRIDE: u64 = 0x200;
 
 /// The configuration of a data drive over the file at `path`.
 pub fn drive(drive_id: &str, path: &Path, is_read_only: bool) -> Drive {

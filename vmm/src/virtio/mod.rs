@@ -1,8 +1,8 @@
 //! Virtio devices: one transport, one queue worker, one file a device.
 //!
 //! A device here is registers and queues. Only a drive has a thread, while its storage is waited
-//! for. A vCPU that touches the device's register page runs [`Transport`]; a vCPU that rings a
-//! queue's doorbell only bumps an eventfd
+//! for; all balloons of a monitor have one together. A vCPU that touches the device's register page
+//! runs [`Transport`]; a vCPU that rings a queue's doorbell only bumps an eventfd
 //! (KVM's ioeventfd), and the monitor's event loop runs [`QueueWorker`], which asks the [`Device`]
 //! to serve that queue. Interrupts go back by an eventfd too (irqfd).
 //!
@@ -36,16 +36,20 @@
 //! | `block` | virtio-block over a raw file |
 //! | `net` | virtio-net over a tap device |
 //! | `entropy` | virtio-entropy from the host's kernel |
+//! | `balloon` | virtio-balloon: memory that guests give back, asked or not |
 //!
 //! # Locks
 //! Two per device, in this order: the registers' mutex, which only vCPU threads take (the bus
 //! does), then the device's, which they take to configure or reset the device and which the event
 //! loop takes to serve a queue. The interrupt status is atomic and outside of both, so that the
 //! event loop never waits for a vCPU and a guest's interrupt handler never for disk I/O. A rate
-//! limiter has one of its own, a leaf under the device's, which whoever changes the limit takes alone.
+//! limiter has one of its own, a leaf under the device's, which whoever changes the limit takes alone. A
+//! balloon has such leaves too: its handle's, and one for each lane, held while pages are named and
+//! never while they are given up.
 
 mod allowance;
 mod attach;
+mod balloon;
 mod block;
 mod chain;
 mod device;
@@ -65,8 +69,11 @@ mod worker;
 
 pub use allowance::{Allowance, Doorbells, Unbounded};
 pub use attach::{Attachment, Doorbell, Slot, SlotError, attach, attach_block};
+pub use balloon::{
+    Balloon, BalloonCounts, BalloonHandle, BalloonStatistics, Discard, DiscardThread, Discards,
+};
 pub use block::{Block, Closing, Disk, DiskError};
-pub use device::{Activation, Device, Waker};
+pub use device::{Activation, Device, Settle, Waker};
 pub use entropy::Entropy;
 pub use interrupt::Interrupt;
 pub use log_limit::LogLimit;

@@ -156,7 +156,7 @@ impl<D: Device> Transport<D> {
                     self.start();
                 } else if next & VIRTIO_CONFIG_S_FAILED != 0 {
                     // The driver gave the device up: nothing of its memory is touched from here on.
-                    lock(&self.device).reset();
+                    self.reset_device();
                 }
             }
             Err(error) => self.log_limit.warn(&self.label, &error),
@@ -166,7 +166,7 @@ impl<D: Device> Transport<D> {
     /// Back to power-on (2.1.2). When this returns the device touches no guest memory: a slice in
     /// progress on the event loop holds the device's lock and is waited for.
     fn reset(&mut self) {
-        lock(&self.device).reset();
+        self.reset_device();
         self.interrupt.reset();
         self.status = 0;
         self.driver_features = 0;
@@ -175,6 +175,18 @@ impl<D: Device> Transport<D> {
         self.queue_select = 0;
         for queue in &mut self.queues {
             *queue = QueueRegisters::new(queue.max_size);
+        }
+    }
+
+    /// The event loop takes the device's lock: what the device works on elsewhere is waited for without.
+    fn reset_device(&self) {
+        let settle = {
+            let mut device = lock(&self.device);
+            device.reset();
+            device.settle()
+        };
+        if let Some(settle) = settle {
+            settle();
         }
     }
 
