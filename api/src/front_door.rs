@@ -145,6 +145,19 @@ impl FrontDoor {
                 limited.map_err(|e| refusal(&e))?;
                 Ok(Reply::Empty)
             }
+            Request::DescribeBalloon(id) => {
+                let monitor = self.monitor_of(&id)?;
+                Reply::json(&monitor.balloon(&id).map_err(|e| refusal(&e))?)
+            }
+            Request::PatchBalloon(id, patch) => {
+                let patched = self.monitor_of(&id)?.patch_balloon(&id, patch);
+                patched.map_err(|e| refusal(&e))?;
+                Ok(Reply::Empty)
+            }
+            Request::BalloonStatistics(id) => {
+                let monitor = self.monitor_of(&id)?;
+                Reply::json(&monitor.balloon_statistics(&id).map_err(|e| refusal(&e))?)
+            }
             Request::SetVmState(id, state) => self.set_state(&id, state),
             Request::DescribeVmConfig(id) => {
                 let monitor = self.monitor_of(&id)?;
@@ -252,7 +265,8 @@ impl FrontDoor {
             drop(emptied);
             return Err(conflict_or(&error));
         }
-        self.telemetry.admit(id);
+        let counts = monitor.balloon_counts(id).map_err(|e| refusal(&e))?;
+        self.telemetry.admit(id, counts);
         if let (Some(tails), Ok(console)) = (&self.tails, monitor.console(id)) {
             tails.keep(id, &console);
         }

@@ -185,6 +185,8 @@ impl From<&VmInfo> for VmDescription {
 
 #[cfg(test)]
 mod tests {
+    use vmm::virtio::BalloonStatistics;
+
     use super::*;
 
     fn keys(value: &serde_json::Value) -> Vec<String> {
@@ -197,6 +199,13 @@ mod tests {
         Version {
             lock_down_missing: Some(Vec::new()),
             ..Version::current()
+        }
+    }
+
+    fn full_statistics() -> BalloonStatistics {
+        BalloonStatistics {
+            guest: BalloonStatistics::NAMES.map(|name| (name, 1)).into(),
+            ..BalloonStatistics::default()
         }
     }
 
@@ -256,6 +265,10 @@ mod tests {
                 serde_json::to_value(dedup::MergedNow::default()).unwrap(),
             ),
             ("Version", serde_json::to_value(full_version()).unwrap()),
+            (
+                "BalloonStatistics",
+                serde_json::to_value(full_statistics()).unwrap(),
+            ),
         ] {
             assert_eq!(
                 keys(&schemas[schema]["properties"]),

@@ -3,7 +3,7 @@
 use dedup::{AdvisorMode, Pace, Run};
 use serde::{Deserialize, Deserializer, Serialize};
 use vmm::VmId;
-use vmm::config::{ConfigPart, NetworkPatch, VmConfig};
+use vmm::config::{BalloonPatch, ConfigPart, NetworkPatch, VmConfig};
 
 use crate::domain_name::DomainName;
 use crate::telemetry::{LoggerConfig, MetricsConfig};
@@ -29,6 +29,12 @@ pub enum Request {
     ConfigureVm(VmId, Box<ConfigPart>),
     /// `PATCH /vms/{id}/network-interfaces/{iface_id}`
     LimitNetwork(VmId, Box<NetworkPatch>),
+    /// `GET /vms/{id}/balloon`
+    DescribeBalloon(VmId),
+    /// `PATCH /vms/{id}/balloon` and `PATCH /vms/{id}/balloon/statistics`
+    PatchBalloon(VmId, BalloonPatch),
+    /// `GET /vms/{id}/balloon/statistics`
+    BalloonStatistics(VmId),
     /// `PATCH /vms/{id}/vm`
     SetVmState(VmId, DesiredState),
     /// `GET /vms/{id}/config` and, as Firecracker names it, `GET /vms/{id}/vm/config`
@@ -69,6 +75,9 @@ impl Request {
             | Request::ActOnVm(id, _)
             | Request::ConfigureVm(id, _)
             | Request::LimitNetwork(id, _)
+            | Request::DescribeBalloon(id)
+            | Request::PatchBalloon(id, _)
+            | Request::BalloonStatistics(id)
             | Request::SetVmState(id, _)
             | Request::DescribeVmConfig(id)
             | Request::DescribeMachine(id)
@@ -102,6 +111,22 @@ pub enum ActionType {
     MergeNow,
     /// Writes a line of metrics, if there is a file for them.
     FlushMetrics,
+}
+
+/// The body of `PATCH /vms/{id}/balloon`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonBody {
+    /// How much the guest is to give up.
+    pub amount_mib: u32,
+}
+
+/// The body of `PATCH /vms/{id}/balloon/statistics`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatisticsBody {
+    /// How often the guest tells of its memory, in seconds.
+    pub stats_polling_interval_s: u16,
 }
 
 /// The body of `PATCH /vms/{id}/vm`.

@@ -6,11 +6,13 @@ use hyper::Method;
 use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 use vmm::VmId;
-use vmm::config::{ConfigPart, Drive, MachinePatch, NetworkInterface, NetworkPatch};
+use vmm::config::{BalloonPatch, ConfigPart, Drive, MachinePatch, NetworkInterface, NetworkPatch};
 
 use crate::domain_name::DomainName;
 use crate::fault::Fault;
-use crate::request::{ActionBody, MergePatch, Request, StateBody};
+use crate::request::{
+    ActionBody, BalloonBody, BalloonStatisticsBody, MergePatch, Request, StateBody,
+};
 
 /// Every route, as (methods, path template). The OpenAPI document and the tests are held to it.
 pub const ROUTES: &[(&str, &str)] = &[
@@ -19,6 +21,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/vms"),
     ("GET, PUT, DELETE", "/vms/{id}"),
     ("PUT", "/vms/{id}/actions"),
+    ("GET, PATCH, PUT", "/vms/{id}/balloon"),
+    ("GET, PATCH", "/vms/{id}/balloon/statistics"),
     ("PUT", "/vms/{id}/boot-source"),
     ("PUT", "/vms/{id}/drives/{drive_id}"),
     ("PUT", "/vms/{id}/entropy"),
@@ -39,11 +43,9 @@ pub const ROUTES: &[(&str, &str)] = &[
 /// What Firecracker has behind `/vms/{id}/` and Samepage does not: 400, as Firecracker refuses what
 /// it does not support, so that its clients understand it. Also `PATCH` of a drive.
 const UNSUPPORTED: &[&str] = &[
-    "balloon",
     "balloon/hinting/start",
     "balloon/hinting/status",
     "balloon/hinting/stop",
-    "balloon/statistics",
     "cpu-config",
     "hotplug/memory",
     "mmds",
@@ -204,6 +206,30 @@ fn machine_request(call: &Call<'_>, id: VmId) -> Result<Option<Request>, Fault> 
     Ok(Some(Request::ConfigureVm(id, Box::new(part))))
 }
 
+fn balloon_request(call: &Call<'_>, id: VmId) -> Result<Option<Request>, Fault> {
+    match *call.method {
+        Method::PUT => {
+            let part = Box::new(ConfigPart::Balloon(call.json()?));
+            Ok(Some(Request::ConfigureVm(id, part)))
+        }
+        Method::PATCH => {
+            let BalloonBody { amount_mib } = call.json()?;
+            let patch = BalloonPatch::Amount(amount_mib);
+            Ok(Some(Request::PatchBalloon(id, patch)))
+        }
+        _ => call.get(Request::DescribeBalloon(id)),
+    }
+}
+
+fn statistics_request(call: &Call<'_>, id: VmId) -> Result<Option<Request>, Fault> {
+    if *call.method != Method::PATCH {
+        return call.get(Request::BalloonStatistics(id));
+    }
+    let body: BalloonStatisticsBody = call.json()?;
+    let patch = BalloonPatch::Interval(body.stats_polling_interval_s);
+    Ok(Some(Request::PatchBalloon(id, patch)))
+}
+
 fn network_request(call: &Call<'_>, name: &str, iface_id: &str) -> Result<Option<Request>, Fault> {
     let id = vm_id(name)?;
     let same = |sent: &str| same("iface_id", sent, iface_id);
@@ -245,6 +271,8 @@ fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Requ
         ("/vms/{id}/logger", &Method::PUT) => Ok(Some(Request::SetLogger(id, call.json()?))),
         ("/vms/{id}/metrics", &Method::PUT) => Ok(Some(Request::SetMetrics(id, call.json()?))),
         ("/vms/{id}/machine-config", _) => machine_request(call, id),
+        ("/vms/{id}/balloon", _) => balloon_request(call, id),
+        ("/vms/{id}/balloon/statistics", _) => statistics_request(call, id),
         ("/vms/{id}/entropy", &Method::PUT) => {
             let part = Box::new(ConfigPart::Entropy(call.json()?));
             Ok(Some(Request::ConfigureVm(id, part)))

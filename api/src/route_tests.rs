@@ -31,6 +31,9 @@ fn body_for(method: &Method, template: &str) -> &'static str {
         (&Method::PUT, "/vms/{id}/drives/{drive_id}") => {
             r#"{"drive_id": "root", "path_on_host": "d", "is_root_device": true}"#
         }
+        (&Method::PUT, "/vms/{id}/balloon") => r#"{"amount_mib": 0, "deflate_on_oom": true}"#,
+        (&Method::PATCH, "/vms/{id}/balloon") => r#"{"amount_mib": 7}"#,
+        (&Method::PATCH, "/vms/{id}/balloon/statistics") => r#"{"stats_polling_interval_s": 1}"#,
         (&Method::PUT, "/vms/{id}/logger") => r#"{"log_path": "log", "level": "Warn"}"#,
         (&Method::PUT, "/vms/{id}/metrics") => r#"{"metrics_path": "metrics"}"#,
         (&Method::PUT, "/vms/{id}/machine-config") => r#"{"vcpu_count": 1, "mem_size_mib": 9}"#,
@@ -222,6 +225,11 @@ fn unknown_fields_and_values_are_400_and_named() {
             r#"{"action_type": "colour"}"#,
         ),
         (Method::PATCH, "/vms/a/vm", r#"{"state": "colour"}"#),
+        (
+            Method::PATCH,
+            "/vms/a/balloon",
+            r#"{"amount_mib": 1, "colour": 1}"#,
+        ),
         (Method::PATCH, "/merge/ci", r#"{"run": "colour"}"#),
         (Method::PATCH, "/merge/ci", r#"{"colour": 1}"#),
     ];
@@ -312,7 +320,7 @@ fn a_drive_has_the_same_name_in_path_and_body() {
 fn what_firecracker_has_and_samepage_does_not_is_400() {
     for (method, path) in [
         (Method::PUT, "vsock"),
-        (Method::GET, "balloon"),
+        (Method::GET, "balloon/hinting/status"),
         (Method::PATCH, "balloon/hinting/start"),
         (Method::PUT, "pmem/p0"),
         (Method::PUT, "mmds/config"),
@@ -325,6 +333,30 @@ fn what_firecracker_has_and_samepage_does_not_is_400() {
         assert_eq!(fault.status, StatusCode::BAD_REQUEST, "{path}");
         assert_eq!(fault.message, format!("{method} {path}: not supported yet"));
     }
+}
+
+#[test]
+fn what_is_patched_of_a_balloon_is_told_by_the_path() {
+    let patched = |path: &str, body: &str| {
+        let path = format!("/vms/a/balloon{path}");
+        match routed(&Method::PATCH, &path, body) {
+            Ok(Request::PatchBalloon(_, patch)) => Some(patch),
+            _ => None,
+        }
+    };
+    let (amount, interval) = (r#"{"amount_mib": 9}"#, r#"{"stats_polling_interval_s": 9}"#);
+    assert_eq!(patched("", amount), Some(BalloonPatch::Amount(9)));
+    assert_eq!(
+        patched("/statistics", interval),
+        Some(BalloonPatch::Interval(9))
+    );
+    assert_eq!(patched("", interval), None);
+    assert_eq!(patched("/statistics", amount), None);
+    assert_eq!(patched("", r#"{"amount_mib": -1}"#), None);
+    assert_eq!(
+        patched("/statistics", r#"{"stats_polling_interval_s": 65536}"#),
+        None
+    );
 }
 
 #[test]

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vmm::VmId;
+use vmm::virtio::BalloonCounts;
 
 use crate::fault::Fault;
 use crate::request::Request;
@@ -106,6 +107,7 @@ pub struct Telemetry {
 struct VmTelemetry {
     id: VmId,
     open: OpenSinks,
+    balloon: Arc<BalloonCounts>,
     state: Mutex<State>,
 }
 
@@ -126,11 +128,12 @@ impl Telemetry {
         }
     }
 
-    /// Begins to keep a VM's.
-    pub fn admit(&self, id: &VmId) {
+    /// Begins to keep a VM's, whose balloon counts in `balloon`.
+    pub fn admit(&self, id: &VmId, balloon: Arc<BalloonCounts>) {
         let vm = Arc::new(VmTelemetry {
             id: id.clone(),
             open: OpenSinks::default(),
+            balloon,
             state: Mutex::default(),
         });
         self.lock().insert(id.clone(), vm);
@@ -236,6 +239,9 @@ impl VmTelemetry {
         else {
             return;
         };
+        for (field, count) in self.balloon.take() {
+            counts.add("balloon", field, count);
+        }
         let line = counts.line(emits_id.then_some(&self.id));
         if metrics.write(&line) {
             // What was told is told once: Firecracker's counters begin anew with each line.

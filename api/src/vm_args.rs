@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use vmm::config::{BUILTIN_PAGELOAD, MergeMode, NetworkInterface};
 use vmm::{MergeDomain, VmConfig};
 
-pub use device_args::{DriveArg, NetArg};
+pub use device_args::{BalloonArg, DriveArg, NetArg};
 
 /// What a VM consists of: a Firecracker config file, flags, or both (flags win).
 #[derive(Debug, Default, Args)]
@@ -59,6 +59,14 @@ pub struct VmArgs {
     /// file
     #[arg(long)]
     pub entropy: bool,
+
+    /// A balloon that takes so much of the guest's memory; 0 for one that can be changed later
+    ///
+    /// Options follow a colon, with commas between them: `oom` (the guest takes memory back before it
+    /// kills a process for it), `stats=SECONDS` (it tells of its memory so often), `report` and
+    /// `noreport` (whether it gives back what it does not use; it does if Samepage merges its memory).
+    #[arg(long, value_name = "MIB[:OPTION,...]")]
+    pub balloon: Option<BalloonArg>,
 
     /// The merge domain; VMs share memory only with those of the same domain
     #[arg(long, value_name = "NAME")]
@@ -246,6 +254,9 @@ fn apply(args: &VmArgs, config: &mut Map<String, Value>) -> Result<(), VmArgsErr
     if args.entropy && config.get("entropy").is_none_or(Value::is_null) {
         config.insert("entropy".to_owned(), json!({}));
     }
+    if let Some(BalloonArg(balloon)) = args.balloon {
+        config.insert("balloon".to_owned(), json!(balloon));
+    }
     Ok(())
 }
 
@@ -311,6 +322,8 @@ fn make_absolute(path: &mut PathBuf) -> Result<(), VmArgsError> {
 
 #[cfg(test)]
 mod tests {
+    use vmm::config::BalloonConfig;
+
     use super::*;
 
     fn kernel(path: &str) -> VmArgs {
@@ -443,6 +456,38 @@ mod tests {
         );
         args.entropy = true;
         assert!(entropy(&args).unwrap().rate_limiter.is_some());
+    }
+
+    #[test]
+    fn a_balloon_is_asked_for_by_a_flag_which_wins_over_the_file() {
+        let (_file, mut args) = config_file(
+            r#"{"boot-source": {"kernel_image_path": "/k"},
+                "balloon": {"amount_mib": 1, "deflate_on_oom": true}}"#,
+        );
+        args.balloon = Some("0:noreport".parse().unwrap());
+        let expected = BalloonConfig {
+            free_page_reporting: Some(false),
+            ..BalloonConfig::default()
+        };
+        assert_eq!(to_config(&args).unwrap().balloon, Some(expected));
+        let full: BalloonArg = "64:oom,stats=5,report".parse().unwrap();
+        let expected = BalloonConfig {
+            amount_mib: 64,
+            deflate_on_oom: true,
+            stats_polling_interval_s: 5,
+            free_page_hinting: false,
+            free_page_reporting: Some(true),
+        };
+        assert_eq!(full, BalloonArg(expected));
+        for (text, named) in [
+            ("much", "\"much\""),
+            ("1:stats=often", "\"often\""),
+            ("1:fast", "\"fast\""),
+            ("1:report,noreport", "exclude"),
+        ] {
+            let error = text.parse::<BalloonArg>().unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
     }
 
     #[test]

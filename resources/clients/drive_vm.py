@@ -1,11 +1,11 @@
-"""Boots a Linux guest by the client `Api` of the package firecracker-python, pauses and resumes it.
+"""Boots a Linux guest with a balloon by the client `Api` of the package firecracker-python, pauses and resumes it.
 
 usage: drive_vm.py SOCKET VMLINUX INITRAMFS BOOT_ARGS
 """
 
 import sys
 
-from firecracker.api import Api
+from firecracker.api import Api, Resource
 from firecracker.exceptions import APIError
 
 socket, vmlinux, initramfs, boot_args = sys.argv[1:]
@@ -21,8 +21,22 @@ try:
 except APIError as error:
     assert "/nowhere/vmlinux" in str(error), error
 api.boot.put(kernel_image_path=vmlinux, initrd_path=initramfs, boot_args=boot_args)
+balloon, statistics = Resource(api, "/balloon"), Resource(api, "/balloon/statistics")
+balloon.put(amount_mib=8, deflate_on_oom=True, stats_polling_interval_s=1)
 api.actions.put(action_type="InstanceStart")
 assert api.describe.get().json()["state"] == "Running"
+
+balloon.patch(amount_mib=16)
+statistics.patch(stats_polling_interval_s=2)
+set_up = balloon.get().json()
+assert (set_up["amount_mib"], set_up["stats_polling_interval_s"]) == (16, 2), set_up
+assert statistics.get().json()["target_mib"] == 16
+for refused in (lambda: balloon.patch(amount_mib=161), lambda: statistics.patch(stats_polling_interval_s=0)):
+    try:
+        refused()
+        sys.exit("more than the guest's memory, or an end of statistics, was taken")
+    except APIError as error:
+        assert "balloon." in str(error), error
 
 api.vm.patch(state="Paused")
 assert api.describe.get().json()["state"] == "Paused"

@@ -117,6 +117,15 @@ pub enum MonitorError {
         /// What was asked for.
         iface_id: String,
     },
+    /// The VM was given no balloon.
+    #[error("vm {0}: balloon: there is none")]
+    NoBalloon(VmId),
+    /// The VM's guest is not asked for statistics.
+    #[error("vm {0}: balloon.stats_polling_interval_s: 0, so there are no statistics")]
+    NoBalloonStatistics(VmId),
+    /// Statistics are there from the start, or never.
+    #[error("vm {0}: balloon.stats_polling_interval_s: cannot become 0, or be changed from 0")]
+    BalloonStatisticsSwitched(VmId),
     /// The VM keeps its memory to itself, so there is nothing to merge.
     #[error("vm {0}: merge is false, its memory is not merged")]
     NotMerged(VmId),
@@ -178,6 +187,9 @@ impl MonitorError {
             | MonitorError::MergeNow { .. } => ErrorKind::Conflict,
             MonitorError::Config { .. }
             | MonitorError::NoInterface { .. }
+            | MonitorError::NoBalloon(_)
+            | MonitorError::NoBalloonStatistics(_)
+            | MonitorError::BalloonStatisticsSwitched(_)
             | MonitorError::WrongDomain { .. } => ErrorKind::InvalidInput,
             MonitorError::UnmergeSuperseded => ErrorKind::Conflict,
             MonitorError::NoRoom { .. }

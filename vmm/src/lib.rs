@@ -48,7 +48,7 @@
 //! | `device` | port-mapped devices | state |
 //! | [`bus`] | MMIO address to device | pure |
 //! | [`events`] | the event loop | thread |
-//! | [`virtio`] | virtio-mmio transport, queues, block, network and entropy devices | state |
+//! | [`virtio`] | virtio-mmio transport, queues, block, network, entropy and balloon devices | state |
 //! | [`probe`] | whether KVM can be used, asked before there is a monitor | system calls |
 //! | [`pageload`] | the embedded bare-metal guest | bytes |
 //! | `panics` | text of a caught panic | pure |
@@ -60,6 +60,7 @@
 //! | `events` | one | serves device queues | with the monitor |
 //! | `reaper` | one | takes ended VMs down | with the monitor |
 //! | `guard` | one | looks at memory, ends VMs when it runs out | first of the monitor |
+//! | `discard` | one | gives up what guests give back | with the monitor and its VMs |
 //! | the merge worker | one | see `dedup` | with the monitor's engine |
 //! | callers | any | requests to [`Monitor`] | |
 //!
@@ -72,7 +73,8 @@
 //!    or without the cell, and replaced under it.
 //! 3. the *gate* of a VM (`kvm::gate`).
 //! 4. the *kick* of a vCPU (`kvm::run_page`): leaf, around one store.
-//! 5. *devices*: a virtio device's registers, then the device (see [`virtio`]); the serial port;
+//! 5. *devices*: a virtio device's registers, then the device, then a balloon's handle or one of its
+//!    lanes (see [`virtio`]); the serial port;
 //!    the keyboard controller; CMOS; the report port. A thread that holds one takes none of 1 to 4.
 //! 6. the *console's input* (its lock is released before the serial port's is taken), then the
 //!    *console's log*: leaves. Tasks that wait for output are woken after it was released, but with

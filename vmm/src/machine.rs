@@ -31,6 +31,7 @@ use crate::kvm::{KvmError, vm};
 use crate::memory::ram::{Merger, Ram};
 use crate::plug::{self, Subscribers};
 use crate::start::{self, StartError};
+use crate::virtio::{BalloonCounts, BalloonHandle, Discards};
 
 /// What a machine takes from its monitor.
 #[derive(Debug)]
@@ -41,6 +42,8 @@ pub(crate) struct Host {
     pub(crate) events: EventRemote,
     /// Tells what the domain's VMs may take.
     pub(crate) watch: Arc<Watch>,
+    /// Where what guests give back is given up.
+    pub(crate) discards: Discards,
 }
 
 impl Host {
@@ -64,6 +67,7 @@ pub(crate) struct Outside {
     pub(crate) allowance: Arc<VmAllowance>,
     /// Its drives, to be waited for when they are closed.
     pub(crate) closings: Arc<Closings>,
+    pub(crate) balloon_counts: Arc<BalloonCounts>,
     pub(crate) on_end: OnEnd,
 }
 
@@ -148,6 +152,7 @@ impl Machine {
     /// Tells the vCPUs to leave and the device queues to take nothing any more, without waiting.
     pub(crate) fn begin_exit(&self) {
         self.allowance.close(GivenUp::Stopped);
+        self.subscribers.close();
         self.vcpus.set(Order::Exit);
     }
 
@@ -164,6 +169,11 @@ impl Machine {
     pub(crate) fn limit_network(&self, patch: &NetworkPatch) -> bool {
         let limits = self.subscribers.network_limits(&patch.iface_id);
         limits.inspect(|limits| limits.update(patch)).is_some()
+    }
+
+    /// Its balloon, if it has one.
+    pub(crate) fn balloon(&self) -> Option<&BalloonHandle> {
+        self.subscribers.balloon()
     }
 
     /// Counters of the merge engine.
@@ -196,6 +206,7 @@ impl Machine {
             closings,
         } = self;
         allowance.close(GivenUp::Stopped);
+        subscribers.close();
         drop(vcpus);
         drop(subscribers);
         drop(platform);
@@ -221,7 +232,7 @@ fn assemble_over(
     let vm = Arc::new(vm::create(&host.kvm, memory, ram.wants_dirty_log())?);
     let ports = make_ports(&vm, config, outside)?;
     let mut mmio = MmioBus::new();
-    let subscribers = plug::attach(host, config, outside, (&vm, memory, &mut mmio))?;
+    let subscribers = plug::attach(host, config, outside, (&vm, ram, &mut mmio))?;
     let platform = Arc::new(Platform {
         ports,
         mmio,

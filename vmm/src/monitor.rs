@@ -1,5 +1,6 @@
 //! The monitor: the VMs of one merge domain.
 
+mod balloon;
 mod memory;
 
 use std::sync::mpsc::Sender;
@@ -22,6 +23,7 @@ use crate::reaper::Reaper;
 use crate::roster::Roster;
 use crate::start::{self, StartError};
 use crate::state::EndReason;
+use crate::virtio::{DiscardThread, Discards};
 use crate::vm::{Corpse, Vm};
 
 /// One merge domain: its VMs, its merge engine, its event loop, its reaper, its guard.
@@ -44,6 +46,8 @@ pub struct Monitor {
     // Dropped before the engine in `host`: devices write to guest memory.
     _events: EventLoop,
     host: Host,
+    // Behind the last that has something for it.
+    _discarding: DiscardThread,
 }
 
 fn host_error<E>(what: &'static str) -> impl Fn(E) -> MonitorError
@@ -64,7 +68,7 @@ fn note_huge_pages(config: &VmConfig) {
 }
 
 impl Monitor {
-    /// Opens `/dev/kvm` and starts the threads of the monitor: merge worker, event loop, reaper.
+    /// Opens `/dev/kvm` and starts the threads of the monitor.
     ///
     /// # Errors
     /// [`MonitorError::Host`] when KVM or a thread is not to be had.
@@ -77,6 +81,7 @@ impl Monitor {
         let engine = dedup::Engine::new(&settings).map_err(host_error("merge engine"))?;
         let (engine, vms) = (Arc::new(engine), Arc::new(Roster::default()));
         let events = EventLoop::new().map_err(host_error("event loop"))?;
+        let (discards, discarding) = Discards::start().map_err(host_error("discard thread"))?;
         let (reaper, to_reaper) = Reaper::spawn().map_err(host_error("reaper thread"))?;
         let watch =
             Watch::new(engine.clone(), vms.clone()).map_err(host_error("eventfd of the guard"))?;
@@ -101,8 +106,10 @@ impl Monitor {
                 engine,
                 events: events.remote(),
                 watch,
+                discards,
             },
             _events: events,
+            _discarding: discarding,
         })
     }
 

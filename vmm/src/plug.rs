@@ -11,15 +11,16 @@ use crate::config::{VirtioDevice, VmConfig};
 use crate::events::{EventRemote, OnPanic};
 use crate::kvm::KvmError;
 use crate::machine::{Host, Outside};
-use crate::memory::GuestMemory;
+use crate::memory::ram::Ram;
 use crate::start::{self, StartError};
 use crate::state::EndReason;
 use crate::virtio::{
-    self, Attachment, Disk, Entropy, Net, NetworkLimits, Slot, Throttle, attach_block,
+    self, Attachment, Balloon, BalloonHandle, Disk, Entropy, Net, NetworkLimits, Slot, Throttle,
+    attach_block,
 };
 
 /// Where devices are plugged in: interrupts and doorbells, memory, registers.
-pub(crate) type Sockets<'a> = (&'a VmFd, &'a GuestMemory, &'a mut MmioBus);
+pub(crate) type Sockets<'a> = (&'a VmFd, &'a Ram, &'a mut MmioBus);
 
 /// The device queues of a VM on the event loop; taken off it when dropped.
 #[derive(Debug)]
@@ -28,9 +29,20 @@ pub(crate) struct Subscribers {
     ids: Vec<SubscriberId>,
     /// The limits of each network interface, by its id.
     networks: BTreeMap<String, NetworkLimits>,
+    balloon: Option<BalloonHandle>,
 }
 
 impl Subscribers {
+    /// The balloon; `None` if there is none.
+    pub(crate) fn balloon(&self) -> Option<&BalloonHandle> {
+        self.balloon.as_ref()
+    }
+
+    /// Has no vCPU wait for a device any more: they are to end.
+    pub(crate) fn close(&self) {
+        self.balloon.iter().for_each(BalloonHandle::close);
+    }
+
     /// The limits of a network interface; `None` if there is none of this id.
     pub(crate) fn network_limits(&self, iface_id: &str) -> Option<&NetworkLimits> {
         self.networks.get(iface_id)
@@ -56,22 +68,18 @@ pub(crate) fn attach(
     outside: &Outside,
     sockets: Sockets<'_>,
 ) -> Result<Subscribers, StartError> {
-    let (vm, memory, mmio) = sockets;
+    let (vm, ram, mmio) = sockets;
     let mut subscribers = Subscribers {
         events: host.events.clone(),
         ids: Vec::new(),
         networks: BTreeMap::new(),
+        balloon: None,
     };
     for (index, device) in config.virtio_devices().into_iter().enumerate() {
         let slot = Slot::new(index)?;
         let label = format!("{}/{}", outside.id, device.name());
-        let parts = make(
-            slot,
-            &label,
-            device,
-            (memory, outside),
-            &mut subscribers.networks,
-        )?;
+        let place = (slot, &*label);
+        let parts = make(host, place, device, (ram, outside), &mut subscribers)?;
         let id = plug_in(vm, mmio, &host.events, parts, on_panic(outside, label))?;
         subscribers.ids.push(id);
     }
@@ -79,13 +87,13 @@ pub(crate) fn attach(
 }
 
 fn make(
-    slot: Slot,
-    label: &str,
+    host: &Host,
+    (slot, label): (Slot, &str),
     device: VirtioDevice<'_>,
-    (memory, outside): (&GuestMemory, &Outside),
-    networks: &mut BTreeMap<String, NetworkLimits>,
+    (ram, outside): (&Ram, &Outside),
+    handles: &mut Subscribers,
 ) -> Result<Attachment, StartError> {
-    let memory = Arc::new(memory.clone());
+    let memory = Arc::new(ram.memory().clone());
     let allowance = outside.allowance.clone();
     match device {
         VirtioDevice::Drive(drive) => {
@@ -99,12 +107,20 @@ fn make(
             let tap = start::open_tap(interface)?;
             let device = Net::new(tap, interface, allowance.clone());
             let device = device.map_err(StartError::EventFd)?;
+            let networks = &mut handles.networks;
             networks.insert(interface.iface_id.clone(), device.limits());
             virtio::attach(slot, label, device, memory, allowance).map_err(StartError::EventFd)
         }
         VirtioDevice::Entropy(entropy) => {
             let throttle = Throttle::new(entropy.rate_limiter.as_ref());
             let device = Entropy::new(throttle.map_err(StartError::EventFd)?, allowance.clone());
+            virtio::attach(slot, label, device, memory, allowance).map_err(StartError::EventFd)
+        }
+        VirtioDevice::Balloon(balloon) => {
+            let counts = outside.balloon_counts.clone();
+            let device = Balloon::new(&balloon, &ram.discard(), &host.discards, counts);
+            let device = device.map_err(StartError::EventFd)?;
+            handles.balloon = Some(device.handle());
             virtio::attach(slot, label, device, memory, allowance).map_err(StartError::EventFd)
         }
     }

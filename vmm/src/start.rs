@@ -188,7 +188,10 @@ pub(crate) fn check_part(part: &ConfigPart) -> Result<(), StartError> {
         ConfigPart::BootSource(boot_source) => check_boot_source(boot_source),
         ConfigPart::Drive(drive) => Disk::open(drive).map(|_| ()).map_err(StartError::from),
         ConfigPart::NetworkInterface(interface) => check_tap(interface),
-        ConfigPart::Entropy(_) | ConfigPart::Machine(_) | ConfigPart::MachinePatch(_) => Ok(()),
+        ConfigPart::Balloon(_)
+        | ConfigPart::Entropy(_)
+        | ConfigPart::Machine(_)
+        | ConfigPart::MachinePatch(_) => Ok(()),
     }
 }
 

@@ -4,6 +4,7 @@
 //! the VM's end (a vCPU thread, a device, the API) takes the machine out of the record, so that it
 //! is taken exactly once, and sends it to the reaper; `Ended` is published when the reaper is done.
 
+mod balloon;
 mod ending;
 mod guarded;
 
@@ -23,6 +24,7 @@ use crate::ksm::KsmPlace;
 use crate::machine::{Host, Machine, Outside};
 use crate::start;
 use crate::state::{EndReason, Step, VmState};
+use crate::virtio::BalloonCounts;
 
 /// A machine whose VM is over, on its way to the reaper.
 pub(crate) struct Corpse {
@@ -38,6 +40,7 @@ pub(crate) struct Vm {
     config: Mutex<Arc<VmConfig>>,
     console: Console,
     report: Arc<ReportPort>,
+    balloon_counts: Arc<BalloonCounts>,
     reaper: Sender<Corpse>,
     cell: Mutex<Cell>,
     changed: Condvar,
@@ -75,6 +78,7 @@ impl Vm {
             config: Mutex::new(Arc::new(config)),
             console: Console::new(),
             report: Arc::default(),
+            balloon_counts: Arc::default(),
             reaper,
             cell: Mutex::new(cell),
             changed: Condvar::new(),
@@ -223,6 +227,7 @@ impl Vm {
             report: self.report.clone(),
             allowance: allowance.clone(),
             closings: Arc::default(),
+            balloon_counts: self.balloon_counts.clone(),
             on_end: self.on_end(),
         };
         let failed = |error| MonitorError::Start {
@@ -379,6 +384,7 @@ mod tests {
     use crate::console::ConsoleRead;
     use crate::events::EventLoop;
     use crate::guard::Watch;
+    use crate::virtio::Discards;
 
     const LONG: Duration = Duration::from_secs(120);
 
@@ -416,6 +422,7 @@ mod tests {
             watch: Watch::new(engine.clone(), Arc::default()).unwrap(),
             engine,
             events: events.remote(),
+            discards: Discards::at_once(),
         };
         let vm = never_started();
         assert!(vm.forget());

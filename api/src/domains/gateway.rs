@@ -150,7 +150,7 @@ impl Gateway {
         let reply = ask(&entry, received).await?;
         let changes_config = matches!(
             request,
-            Request::ConfigureVm(..) | Request::LimitNetwork(..)
+            Request::ConfigureVm(..) | Request::LimitNetwork(..) | Request::PatchBalloon(..)
         );
         if changes_config && reply.status().is_success() {
             self.note_config(&entry, id, record.number).await;

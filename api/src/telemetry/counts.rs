@@ -12,6 +12,19 @@ use crate::request::{ActionType, DesiredState, Request};
 /// Every counter that a line has, by its group: those that Firecracker has too.
 const FIELDS: &[(&str, &[&str])] = &[
     (
+        "balloon",
+        &[
+            "deflate_count",
+            "event_fails",
+            "free_page_report_count",
+            "free_page_report_fails",
+            "free_page_report_freed",
+            "inflate_count",
+            "stats_update_fails",
+            "stats_updates_count",
+        ],
+    ),
+    (
         "get_api_requests",
         &[
             "instance_info_count",
@@ -111,7 +124,7 @@ pub(super) fn counter_of(request: &Request) -> Option<(&'static str, &'static st
             ConfigPart::MachinePatch(_) => (patch, "machine_cfg"),
             ConfigPart::NetworkInterface(_) => (put, "network"),
             // Firecracker counts the device's work, not the request.
-            ConfigPart::Entropy(_) => return None,
+            ConfigPart::Balloon(_) | ConfigPart::Entropy(_) => return None,
         },
         _ => return None,
     })
@@ -129,6 +142,7 @@ pub(super) fn latency_of(request: &Request) -> Option<&'static str> {
 /// A request in a few words. Not its values: a configuration may hold secrets in a command line.
 pub(super) fn text_of(request: &Request) -> String {
     let part = |part: &ConfigPart| match part {
+        ConfigPart::Balloon(_) => "PUT /balloon",
         ConfigPart::BootSource(_) => "PUT /boot-source",
         ConfigPart::Drive(_) => "PUT /drives",
         ConfigPart::Entropy(_) => "PUT /entropy",
@@ -141,6 +155,9 @@ pub(super) fn text_of(request: &Request) -> String {
         Request::SetVmState(_, state) => format!("PATCH /vm {state:?}"),
         Request::ConfigureVm(_, sent) => part(sent).to_owned(),
         Request::LimitNetwork(..) => "PATCH /network-interfaces".to_owned(),
+        Request::DescribeBalloon(_) => "GET /balloon".to_owned(),
+        Request::PatchBalloon(..) => "PATCH /balloon".to_owned(),
+        Request::BalloonStatistics(_) => "GET /balloon/statistics".to_owned(),
         Request::SetLogger(..) => "PUT /logger".to_owned(),
         Request::SetMetrics(..) => "PUT /metrics".to_owned(),
         Request::CreateVm(..) => "PUT /vms".to_owned(),
@@ -180,6 +197,14 @@ mod tests {
         let second = line(&counts);
         assert_eq!(second["put_api_requests"]["drive_count"], 0);
         assert_eq!(second["latencies_us"]["pause_vm"], 7);
+    }
+
+    #[test]
+    fn every_counter_of_a_balloon_is_in_the_line() {
+        let counted = vmm::virtio::BalloonCounts::default().take();
+        let mut counted: Vec<&str> = counted.iter().map(|&(field, _)| field).collect();
+        counted.sort_unstable();
+        assert!(FIELDS.contains(&("balloon", &counted)));
     }
 
     #[test]

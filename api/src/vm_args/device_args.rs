@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use vmm::config::MacAddress;
+use vmm::config::{BalloonConfig, MacAddress};
 
 /// `--drive`: a path, and after a last colon what is to be otherwise than by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -87,5 +87,44 @@ impl FromStr for NetArg {
             }
         }
         Ok(net)
+    }
+}
+
+/// `--balloon`: MiB, and after a colon what is to be otherwise than by default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BalloonArg(pub BalloonConfig);
+
+impl FromStr for BalloonArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<BalloonArg, String> {
+        let (mib, options) = text.split_once(':').unwrap_or((text, ""));
+        let amount_mib = mib.parse().map_err(|error| format!("{mib:?}: {error}"))?;
+        let mut balloon = BalloonConfig {
+            amount_mib,
+            ..BalloonConfig::default()
+        };
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            match option.split_once('=') {
+                None if option == "oom" => balloon.deflate_on_oom = true,
+                None if matches!(option, "report" | "noreport") => {
+                    let reports = option == "report";
+                    if balloon.free_page_reporting.replace(reports) == Some(!reports) {
+                        return Err("report and noreport exclude each other".to_owned());
+                    }
+                }
+                Some(("stats", seconds)) => {
+                    let interval = seconds.parse();
+                    balloon.stats_polling_interval_s =
+                        interval.map_err(|error| format!("stats {seconds:?}: {error}"))?;
+                }
+                _ => {
+                    return Err(format!(
+                        "option {option:?}: not oom, stats=, report or noreport"
+                    ));
+                }
+            }
+        }
+        Ok(BalloonArg(balloon))
     }
 }

@@ -85,13 +85,20 @@ fn words(line: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Drive;
+    use crate::config::{Drive, MergeMode};
 
     fn drive(id: &str, is_root_device: bool) -> Drive {
         let json = format!(
             r#"{{"drive_id": "{id}", "path_on_host": "f", "is_root_device": {is_root_device}}}"#
         );
         serde_json::from_str(&json).unwrap()
+    }
+
+    /// A VM without the balloon that nobody asked for.
+    fn vm() -> VmConfig {
+        let mut config = VmConfig::new("k");
+        config.samepage.merge = MergeMode::Off;
+        config
     }
 
     fn text(config: &VmConfig) -> String {
@@ -105,14 +112,14 @@ mod tests {
 
     #[test]
     fn without_drives_the_boot_args_stand_alone() {
-        let mut config = VmConfig::new("k");
+        let mut config = vm();
         config.boot_source.boot_args = Some("console=ttyS0 quiet".to_owned());
         assert_eq!(text(&config), "console=ttyS0 quiet");
     }
 
     #[test]
     fn the_root_drive_comes_first_and_is_named() {
-        let mut config = VmConfig::new("k");
+        let mut config = vm();
         config.boot_source.boot_args = Some("quiet -- arg".to_owned());
         config.drives = vec![drive("data", false), drive("rootfs", true)];
         assert_eq!(config.ordered_drives()[0].drive_id, "rootfs");
@@ -148,7 +155,7 @@ mod tests {
 
     #[test]
     fn what_the_user_says_of_the_root_is_not_said_again() {
-        let mut config = VmConfig::new("k");
+        let mut config = vm();
         config.drives = vec![drive("rootfs", true)];
         let mut composed = |boot_args: &str| {
             config.boot_source.boot_args = Some(boot_args.to_owned());
@@ -174,10 +181,19 @@ mod tests {
 
     #[test]
     fn a_line_that_gets_too_long_is_an_error() {
-        let mut config = VmConfig::new("k");
+        let mut config = vm();
         config.boot_source.boot_args = Some("x".repeat(CMDLINE_LEN_MAX));
         assert_eq!(text(&config).len(), CMDLINE_LEN_MAX);
         config.drives = vec![drive("data", false)];
         compose(&config).unwrap_err();
+    }
+
+    #[test]
+    fn a_line_does_not_get_too_long_by_a_device_that_nobody_asked_for() {
+        let mut config = VmConfig::new("k");
+        config.boot_source.boot_args = Some("quiet".to_owned());
+        assert_eq!(text(&config), "quiet virtio_mmio.device=4K@0xd0000000:5");
+        config.boot_source.boot_args = Some("x".repeat(CMDLINE_LEN_MAX));
+        assert_eq!(text(&config).len(), CMDLINE_LEN_MAX);
     }
 }

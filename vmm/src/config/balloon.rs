@@ -43,3 +43,13 @@ pub enum BalloonPatch {
     /// `stats_polling_interval_s`: it can't become 0, nor be changed from that.
     Interval(u16),
 }
+
+impl BalloonConfig {
+    /// Changes what `patch` has.
+    pub(crate) fn update(&mut self, patch: BalloonPatch) {
+        match patch {
+            BalloonPatch::Amount(mib) => self.amount_mib = mib,
+            BalloonPatch::Interval(seconds) => self.stats_polling_interval_s = seconds,
+        }
+    }
+}

@@ -68,9 +68,10 @@ pub struct VmConfig {
     /// Firecracker's `vsock`.
     #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
     pub vsock: Unsupported,
-    /// Firecracker's `balloon`.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
-    pub balloon: Unsupported,
+    /// Memory that the guest gives back. Without it a VM whose memory the engine merges has one of no
+    /// size, which reports what the guest does not use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// A source of random bytes, or none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<EntropyConfig>,
@@ -111,7 +112,7 @@ impl VmConfig {
             samepage: SamepageConfig::default(),
             network_interfaces: Vec::new(),
             vsock: Unsupported::ABSENT,
-            balloon: Unsupported::ABSENT,
+            balloon: None,
             entropy: None,
             cpu_config: Unsupported::ABSENT,
             mmds_config: Unsupported::ABSENT,

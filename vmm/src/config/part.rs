@@ -4,12 +4,15 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BootSource, Drive, EntropyConfig, MachineConfig, MachinePatch, NetworkInterface, VmConfig,
+    BalloonConfig, BootSource, Drive, EntropyConfig, MachineConfig, MachinePatch, NetworkInterface,
+    VmConfig,
 };
 
 /// One part, as its request has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConfigPart {
+    /// Firecracker's `PUT /balloon`.
+    Balloon(BalloonConfig),
     /// Firecracker's `PUT /boot-source`.
     BootSource(BootSource),
     /// Firecracker's `PUT /drives/{drive_id}`: in place of the one of the same id.
@@ -28,6 +31,7 @@ impl VmConfig {
     /// Sets a part, in place of what was there.
     pub fn set(&mut self, part: &ConfigPart) {
         match part {
+            ConfigPart::Balloon(balloon) => self.balloon = Some(*balloon),
             ConfigPart::BootSource(boot_source) => self.boot_source = boot_source.clone(),
             ConfigPart::Drive(drive) => {
                 put(&mut self.drives, drive, |known| &known.drive_id);

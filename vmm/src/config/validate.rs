@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
+use super::devices::VIRTIO_DEVICES_MAX;
 use super::{
-    BootSource, ConfigPart, Drive, EntropyConfig, HOST_DEV_NAME_LEN_MAX, HugePages, IoEngine,
-    MEM_SIZE_MIB_MAX, MTU_MAX, MTU_MIN, MachineConfig, NetworkInterface, NetworkPatch,
+    BalloonConfig, BootSource, ConfigPart, Drive, EntropyConfig, HOST_DEV_NAME_LEN_MAX, HugePages,
+    IoEngine, MEM_SIZE_MIB_MAX, MTU_MAX, MTU_MIN, MachineConfig, NetworkInterface, NetworkPatch,
     RateLimiterConfig, TokenBucketConfig, Unsupported, VCPU_COUNT_MAX, VmConfig,
 };
 use crate::boot::cmdline::CMDLINE_LEN_MAX;
@@ -33,9 +34,6 @@ pub enum ConfigError {
         problem: String,
     },
 }
-
-/// Interrupt lines 5 to 23, one a device (`virtio::Slot`).
-const VIRTIO_DEVICES_MAX: usize = 19;
 
 fn bad(
     field: impl Into<String>,
@@ -122,6 +120,7 @@ impl ConfigPart {
     /// Checks every value of it, without the rest of the configuration.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         match self {
+            ConfigPart::Balloon(balloon) => balloon.check(),
             ConfigPart::BootSource(boot_source) => boot_source.check(),
             ConfigPart::Drive(drive) => drive.check(),
             ConfigPart::Entropy(entropy) => entropy.check(),
@@ -130,6 +129,12 @@ impl ConfigPart {
             ConfigPart::MachinePatch(_) => Ok(()),
             ConfigPart::NetworkInterface(interface) => interface.check(),
         }
+    }
+}
+
+impl BalloonConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        supported("balloon.free_page_hinting: true", !self.free_page_hinting)
     }
 }
 
@@ -249,6 +254,7 @@ impl VmConfig {
         self.check_drives()?;
         self.check_networks()?;
         self.check_device_count()?;
+        self.check_balloon()?;
         match &self.entropy {
             None => Ok(()),
             Some(entropy) => entropy.check(),
@@ -256,9 +262,8 @@ impl VmConfig {
     }
 
     fn check_unsupported(&self) -> Result<(), ConfigError> {
-        let keys: [(&str, &Unsupported); 9] = [
+        let keys: [(&str, &Unsupported); 8] = [
             ("vsock", &self.vsock),
-            ("balloon", &self.balloon),
             ("cpu-config", &self.cpu_config),
             ("mmds-config", &self.mmds_config),
             ("logger", &self.logger),
@@ -271,13 +276,25 @@ impl VmConfig {
             .try_for_each(|(key, asked)| supported(key, asked.is_absent()))
     }
 
+    fn check_balloon(&self) -> Result<(), ConfigError> {
+        let Some(balloon) = &self.balloon else {
+            return Ok(());
+        };
+        let mem_size_mib = self.machine_config.mem_size_mib;
+        if u64::from(balloon.amount_mib) > mem_size_mib {
+            let problem = format!("is more than the {mem_size_mib} of mem_size_mib");
+            return Err(bad("balloon.amount_mib", balloon.amount_mib, problem));
+        }
+        balloon.check()
+    }
+
     /// Drives by themselves are counted with the drives.
     fn check_device_count(&self) -> Result<(), ConfigError> {
         let count = self.virtio_devices().len();
         if count > VIRTIO_DEVICES_MAX {
             let problem = format!("devices are more than {VIRTIO_DEVICES_MAX}");
             return Err(bad(
-                "drives, network-interfaces and entropy",
+                "drives, network-interfaces, entropy and balloon",
                 count,
                 problem,
             ));
@@ -340,7 +357,7 @@ impl VmConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::MergeMode;
+    use crate::config::{MergeMode, VirtioDevice};
     use crate::virtio::Slot;
 
     fn parse(json: &str) -> VmConfig {
@@ -427,7 +444,9 @@ mod tests {
               "bandwidth": {"size": 1000, "one_time_burst": null, "refill_time": 100}}}"#,
         );
         parse(&limited).validate().unwrap();
-        assert_eq!(parse(&limited).virtio_devices().len(), 1);
+        let devices = parse(&limited);
+        let is_entropy = |device: &_| matches!(device, VirtioDevice::Entropy(_));
+        assert!(devices.virtio_devices().iter().any(is_entropy));
         let limit = |bucket: &str| with(&format!(r#"{{"rate_limiter": {{"ops": {bucket}}}}}"#));
         assert_eq!(
             fault(&limit(r#"{"size": 9223372036854775808, "refill_time": 1}"#)),
@@ -437,6 +456,30 @@ mod tests {
             fault(&limit(r#"{"size": 1, "refill_time": 9223372036855}"#)),
             "entropy.rate_limiter.ops.refill_time: 9223372036855 is more than 9223372036854"
         );
+    }
+
+    #[test]
+    fn a_balloon_has_firecrackers_fields_and_no_more_than_the_memory() {
+        let with = |balloon: &str| {
+            format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, "balloon": {balloon}}}"#)
+        };
+        let full = with(
+            r#"{"amount_mib": 128, "deflate_on_oom": true, "stats_polling_interval_s": 1,
+                "free_page_hinting": false, "free_page_reporting": true}"#,
+        );
+        parse(&full).validate().unwrap();
+        let least = parse(&with(r#"{"amount_mib": 0, "deflate_on_oom": false}"#));
+        assert_eq!(least.balloon, Some(BalloonConfig::default()));
+        assert_eq!(
+            fault(&full.replace("128", "129")),
+            "balloon.amount_mib: 129 is more than the 128 of mem_size_mib"
+        );
+        assert_eq!(
+            fault(&full.replace(r#"hinting": false"#, r#"hinting": true"#)),
+            "balloon.free_page_hinting: true: not supported yet"
+        );
+        let missing = serde_json::from_str::<VmConfig>(&with(r#"{"amount_mib": 0}"#));
+        assert!(missing.unwrap_err().to_string().contains("deflate_on_oom"));
     }
 
     #[test]
@@ -512,7 +555,7 @@ mod tests {
         config.entropy = Some(EntropyConfig::default());
         assert_eq!(
             config.validate().unwrap_err().to_string(),
-            "drives, network-interfaces and entropy: 20 devices are more than 19"
+            "drives, network-interfaces, entropy and balloon: 20 devices are more than 19"
         );
     }
 

@@ -9,8 +9,8 @@
 //! end. Of domains that share a limit, which a cgroup's is, all are held, and the VM to end is chosen
 //! among those of all.
 //!
-//! Taking back free guest pages would be a step between; it needs a balloon or free page reporting,
-//! which there is none of yet.
+//! Taking back free guest pages would be a step between. Guests report them, but at their own pace, and
+//! not while they are held.
 //!
 //! A look must come when it is due, or guests overrun the reserve meanwhile. So it waits for
 //! nothing that the worker, a guest or a reply holds, each of which may be off the CPU for tens of

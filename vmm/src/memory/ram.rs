@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use dedup::{Engine, Mapping, PAGE_SIZE_BYTES, ProcessMemory, RegionHandle};
+use dedup::{
+    AccessError, Engine, Mapping, PAGE_SIZE_BYTES, ProcessMemory, RegionAccess, RegionHandle,
+};
 use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegion;
@@ -14,6 +16,7 @@ use super::dirty_log::DirtyLog;
 use super::layout::ram_ranges;
 use crate::config::HugePages;
 use crate::ksm::KsmError;
+use crate::virtio::Discard;
 
 /// Errors of [`Ram::with_pages`].
 #[derive(Debug, thiserror::Error)]
@@ -54,9 +57,9 @@ pub(crate) enum Merger<'a> {
 #[derive(Debug)]
 enum Backing {
     /// Not merged: unmapped when dropped.
-    Private(Mapping),
+    Private(Arc<Mapping>),
     /// Merged by the kernel: unmapped when dropped. Ends with one page that is no guest memory.
-    Mergeable(Mapping),
+    Mergeable(Arc<Mapping>),
     /// Merged: handed over when the VM ends.
     Merged(RegionHandle),
 }
@@ -113,10 +116,10 @@ impl Ram {
                     Some(log),
                 )
             }
-            Merger::Nobody => (Backing::Private(mapping), None),
+            Merger::Nobody => (Backing::Private(Arc::new(mapping)), None),
             Merger::Kernel => {
                 make_mergeable(&mapping, size)?;
-                (Backing::Mergeable(mapping), None)
+                (Backing::Mergeable(Arc::new(mapping)), None)
             }
         };
         let probes = memory
@@ -178,10 +181,20 @@ impl Ram {
     }
 
     /// What merges it on demand; `None` when the engine does not merge it.
-    pub(crate) fn merger(&self) -> Option<dedup::RegionAccess> {
+    pub(crate) fn merger(&self) -> Option<RegionAccess> {
         match &self.backing {
             Backing::Private(_) | Backing::Mergeable(_) => None,
             Backing::Merged(region) => Some(region.access()),
+        }
+    }
+
+    /// What gives up pages of it, which are those of its mapping.
+    pub(crate) fn discard(&self) -> Arc<dyn Discard> {
+        match &self.backing {
+            Backing::Private(mapping) | Backing::Mergeable(mapping) => {
+                Arc::new(Unmerged(Arc::downgrade(mapping)))
+            }
+            Backing::Merged(region) => Arc::new(Merged(region.access())),
         }
     }
 
@@ -211,6 +224,43 @@ impl Ram {
             }
         }
         Ok(())
+    }
+}
+
+/// Gives up pages that the engine merges.
+#[derive(Debug)]
+struct Merged(RegionAccess);
+
+impl Discard for Merged {
+    fn discard(&self, pages: Range<u32>) -> Result<u32, AccessError> {
+        self.0.discard(pages)
+    }
+}
+
+/// Gives up pages that nobody merges, or kernel KSM. Does not keep the mapping.
+#[derive(Debug)]
+struct Unmerged(Weak<Mapping>);
+
+impl Discard for Unmerged {
+    fn discard(&self, pages: Range<u32>) -> Result<u32, AccessError> {
+        let mapping = self.0.upgrade().ok_or(AccessError::Exiting)?;
+        let Range { start, end } = pages;
+        if start > end || end > mapping.pages() {
+            let pages = mapping.pages();
+            return Err(AccessError::Range { start, end, pages });
+        }
+        // Lossless: u32 to usize on a 64-bit host.
+        let bytes = |pages: u32| pages as usize * PAGE_SIZE_BYTES;
+        let address = mapping.as_ptr().wrapping_add(bytes(start));
+        // SAFETY: 1. The range lies in the mapping, as was just seen, and the mapping stays until the
+        // end of this call. 2. What goes is the guest's, which gave it up, and whoever reads it sees
+        // zeros: all access to guest memory is by calls that may race.
+        let advised =
+            unsafe { libc::madvise(address.cast(), bytes(end - start), libc::MADV_DONTNEED) };
+        match advised {
+            0 => Ok(end - start),
+            _ => Err(std::io::Error::last_os_error().into()),
+        }
     }
 }
 
