@@ -31,6 +31,7 @@
 //! | `worker` | doorbell to device |
 //! | `chain` | a descriptor chain as buffers to read and buffers to fill |
 //! | `segments` | buffers as a list of ranges |
+//! | `leave` | leave for the pages that a turn touches, each asked for once |
 //! | `log_limit` | a bound on what a guest can make us log |
 //! | `throttle` | a rate limiter with a timer that rings for the queue |
 //! | `block` | virtio-block over a raw file |
@@ -57,6 +58,7 @@ mod entropy;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod interrupt;
+mod leave;
 mod log_limit;
 mod net;
 mod queue_registers;

@@ -15,7 +15,6 @@
 //! the call returns. What would need pins is a transfer by page frames: `MSG_ZEROCOPY` of vhost-net,
 //! AF_XDP, RDMA.
 
-mod leave;
 mod receive;
 mod send;
 #[expect(unsafe_code, reason = "ioctls of a tap device")]
@@ -36,11 +35,11 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 
-use self::leave::Leave;
 use self::receive::Receiver;
 use self::send::Sender;
 pub use self::tap::Tap;
 use super::chain::CHAIN_LENGTH_MAX;
+use super::leave::Leave;
 use super::{
     Activation, Allowance, Device, GuestMemory, LogLimit, Progress, RingError, Throttle, Waker,
 };

@@ -8,10 +8,10 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemoryError};
 
 use super::super::chain::{Buffers, CHAIN_LENGTH_MAX, ChainError};
+use super::super::leave::Leave;
 use super::super::ring::{self, Finished};
 use super::super::segments::Segments;
 use super::super::{Budget, GuestMemory, Progress, RingError, Served, Throttle};
-use super::leave::Leave;
 use super::{FRAME_BYTES_MAX, HEADER_BYTES, Link, Side};
 
 /// The way of the guest's frames. One is in hand at a time.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use vm_memory::GuestAddress;
 
-use super::super::Allowance;
+use super::Allowance;
 
 /// What a turn may touch of guest memory. Each page is asked for once: frames lie side by side, and a
 /// page that this turn touched is there until the turn is over.
