@@ -5,6 +5,7 @@
 mod balloon;
 mod entropy;
 mod net;
+mod vsock;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -24,6 +25,7 @@ pub use self::entropy::entropy_requests;
 #[cfg(test)]
 pub(crate) use self::net::Wire;
 pub use self::net::network_frames;
+pub use self::vsock::vsock_packets;
 use super::device::lock;
 use super::{
     Allowance, Block, Device, Disk, Doorbells, GuestMemory, Interrupt, QueueWorker, Transport,

@@ -38,6 +38,7 @@
 //! | `net` | virtio-net over a tap device |
 //! | `entropy` | virtio-entropy from the host's kernel |
 //! | `balloon` | virtio-balloon: memory that guests give back, asked or not |
+//! | `vsock` | virtio-vsock over unix sockets |
 //!
 //! # Locks
 //! Two per device, in this order: the registers' mutex, which only vCPU threads take (the bus
@@ -67,6 +68,7 @@ mod segments;
 mod status;
 mod throttle;
 mod transport;
+mod vsock;
 mod worker;
 
 pub use allowance::{Allowance, Doorbells, Unbounded};
@@ -83,6 +85,7 @@ pub use net::{Link, Net, NetworkLimits, Tap};
 pub use ring::{Budget, Progress, RingError, Served};
 pub use throttle::Throttle;
 pub use transport::Transport;
+pub use vsock::{Vsock, VsockCounts, VsockHost, VsockSocket};
 pub use worker::QueueWorker;
 
 pub use crate::memory::GuestMemory;
