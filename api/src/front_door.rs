@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::OwnedSemaphorePermit;
-use vmm::config::VmConfig;
+use vmm::config::{ConfigPart, VmConfig};
 use vmm::{Console, MergeDomain, Monitor, MonitorError, VmId};
 
 use crate::console_tails::ConsoleTails;
@@ -137,6 +137,7 @@ impl FrontDoor {
             Request::ActOnVm(id, action) => self.act(&id, action),
             Request::ConfigureVm(id, part) => {
                 let monitor = self.monitor_of(&id)?;
+                self.refuse_vsock(matches!(*part, ConfigPart::Vsock(_)))?;
                 monitor.configure(&id, &part).map_err(|e| refusal(&e))?;
                 Ok(Reply::Empty)
             }
@@ -259,18 +260,28 @@ impl FrontDoor {
             let message = format!("vm {id}: merge domain {name}: this monitor serves only {only}");
             return Err(Fault::bad_request(message));
         }
+        self.refuse_vsock(config.vsock.is_some())?;
         let monitor = self.roster().admit(id, &name, &self.settings)?;
         if let Err(error) = monitor.create(id.clone(), config) {
             let emptied = self.roster().dismiss(id);
             drop(emptied);
             return Err(conflict_or(&error));
         }
-        let counts = monitor.balloon_counts(id).map_err(|e| refusal(&e))?;
-        self.telemetry.admit(id, counts);
+        let balloon = monitor.balloon_counts(id).map_err(|e| refusal(&e))?;
+        let vsock = monitor.vsock_counts(id).map_err(|e| refusal(&e))?;
+        self.telemetry.admit(id, balloon, vsock);
         if let (Some(tails), Ok(console)) = (&self.tails, monitor.console(id)) {
             tails.keep(id, &console);
         }
         Ok(Reply::Empty)
+    }
+
+    /// A monitor of one domain is locked down: it can make no socket.
+    fn refuse_vsock(&self, is_asked_for: bool) -> Result<(), Fault> {
+        if is_asked_for && self.only.is_some() {
+            return Err(Fault::bad_request("vsock: not supported with --state-dir"));
+        }
+        Ok(())
     }
 
     fn delete(&self, id: &VmId) -> Result<Reply, Fault> {

@@ -32,6 +32,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("PATCH, PUT", "/vms/{id}/network-interfaces/{iface_id}"),
     ("GET", "/vms/{id}/version"),
     ("PATCH", "/vms/{id}/vm"),
+    ("PUT", "/vms/{id}/vsock"),
     ("GET", "/vms/{id}/vm/config"),
     ("GET", "/vms/{id}/config"),
     ("GET", "/vms/{id}/merge"),
@@ -54,7 +55,6 @@ const UNSUPPORTED: &[&str] = &[
     "serial",
     "snapshot/create",
     "snapshot/load",
-    "vsock",
 ];
 
 /// Reads a request.
@@ -275,6 +275,10 @@ fn vm_request(call: &Call<'_>, template: &str, name: &str) -> Result<Option<Requ
         ("/vms/{id}/balloon/statistics", _) => statistics_request(call, id),
         ("/vms/{id}/entropy", &Method::PUT) => {
             let part = Box::new(ConfigPart::Entropy(call.json()?));
+            Ok(Some(Request::ConfigureVm(id, part)))
+        }
+        ("/vms/{id}/vsock", &Method::PUT) => {
+            let part = Box::new(ConfigPart::Vsock(call.json()?));
             Ok(Some(Request::ConfigureVm(id, part)))
         }
         ("/vms/{id}/vm", &Method::PATCH) => {

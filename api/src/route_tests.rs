@@ -34,6 +34,7 @@ fn body_for(method: &Method, template: &str) -> &'static str {
         (&Method::PUT, "/vms/{id}/balloon") => r#"{"amount_mib": 0, "deflate_on_oom": true}"#,
         (&Method::PATCH, "/vms/{id}/balloon") => r#"{"amount_mib": 7}"#,
         (&Method::PATCH, "/vms/{id}/balloon/statistics") => r#"{"stats_polling_interval_s": 1}"#,
+        (&Method::PUT, "/vms/{id}/vsock") => r#"{"guest_cid": 3, "uds_path": "v"}"#,
         (&Method::PUT, "/vms/{id}/logger") => r#"{"log_path": "log", "level": "Warn"}"#,
         (&Method::PUT, "/vms/{id}/metrics") => r#"{"metrics_path": "metrics"}"#,
         (&Method::PUT, "/vms/{id}/machine-config") => r#"{"vcpu_count": 1, "mem_size_mib": 9}"#,
@@ -319,7 +320,7 @@ fn a_drive_has_the_same_name_in_path_and_body() {
 #[test]
 fn what_firecracker_has_and_samepage_does_not_is_400() {
     for (method, path) in [
-        (Method::PUT, "vsock"),
+        (Method::PUT, "serial"),
         (Method::GET, "balloon/hinting/status"),
         (Method::PATCH, "balloon/hinting/start"),
         (Method::PUT, "pmem/p0"),

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vmm::VmId;
-use vmm::virtio::BalloonCounts;
+use vmm::virtio::{BalloonCounts, VsockCounts};
 
 use crate::fault::Fault;
 use crate::request::Request;
@@ -108,6 +108,7 @@ struct VmTelemetry {
     id: VmId,
     open: OpenSinks,
     balloon: Arc<BalloonCounts>,
+    vsock: Arc<VsockCounts>,
     state: Mutex<State>,
 }
 
@@ -128,12 +129,13 @@ impl Telemetry {
         }
     }
 
-    /// Begins to keep a VM's, whose balloon counts in `balloon`.
-    pub fn admit(&self, id: &VmId, balloon: Arc<BalloonCounts>) {
+    /// Begins to keep a VM's, whose devices count in these.
+    pub fn admit(&self, id: &VmId, balloon: Arc<BalloonCounts>, vsock: Arc<VsockCounts>) {
         let vm = Arc::new(VmTelemetry {
             id: id.clone(),
             open: OpenSinks::default(),
             balloon,
+            vsock,
             state: Mutex::default(),
         });
         self.lock().insert(id.clone(), vm);
@@ -241,6 +243,9 @@ impl VmTelemetry {
         };
         for (field, count) in self.balloon.take() {
             counts.add("balloon", field, count);
+        }
+        for (field, count) in self.vsock.take() {
+            counts.add("vsock", field, count);
         }
         let line = counts.line(emits_id.then_some(&self.id));
         if metrics.write(&line) {

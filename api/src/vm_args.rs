@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use vmm::config::{BUILTIN_PAGELOAD, MergeMode, NetworkInterface};
 use vmm::{MergeDomain, VmConfig};
 
-pub use device_args::{BalloonArg, DriveArg, NetArg};
+pub use device_args::{BalloonArg, DriveArg, NetArg, VsockArg};
 
 /// What a VM consists of: a Firecracker config file, flags, or both (flags win).
 #[derive(Debug, Default, Args)]
@@ -67,6 +67,14 @@ pub struct VmArgs {
     /// `noreport` (whether it gives back what it does not use; it does if Samepage merges its memory).
     #[arg(long, value_name = "MIB[:OPTION,...]")]
     pub balloon: Option<BalloonArg>,
+
+    /// Streams between programs of the guest and of the host (virtio-vsock)
+    ///
+    /// The guest has the address CID, 3 or more. A client on the host connects to the unix socket PATH,
+    /// which is made for it, and writes `CONNECT PORT` and a newline; a server on the host listens on
+    /// PATH_PORT.
+    #[arg(long, value_name = "CID:PATH")]
+    pub vsock: Option<VsockArg>,
 
     /// The merge domain; VMs share memory only with those of the same domain
     #[arg(long, value_name = "NAME")]
@@ -177,6 +185,9 @@ pub fn to_config_of_any(args: &VmArgs) -> Result<VmConfig, VmArgsError> {
     for drive in &mut config.drives {
         make_absolute(&mut drive.path_on_host)?;
     }
+    if let Some(vsock) = &mut config.vsock {
+        make_absolute(&mut vsock.uds_path)?;
+    }
     Ok(config)
 }
 
@@ -256,6 +267,9 @@ fn apply(args: &VmArgs, config: &mut Map<String, Value>) -> Result<(), VmArgsErr
     }
     if let Some(BalloonArg(balloon)) = args.balloon {
         config.insert("balloon".to_owned(), json!(balloon));
+    }
+    if let Some(VsockArg(vsock)) = &args.vsock {
+        config.insert("vsock".to_owned(), json!(vsock));
     }
     Ok(())
 }
@@ -486,6 +500,26 @@ mod tests {
             ("1:report,noreport", "exclude"),
         ] {
             let error = text.parse::<BalloonArg>().unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_vsock_device_is_asked_for_by_a_flag_which_wins_over_the_file() {
+        let (_file, mut args) = config_file(
+            r#"{"boot-source": {"kernel_image_path": "/k"},
+                "vsock": {"guest_cid": 9, "uds_path": "/of/the/file"}}"#,
+        );
+        args.vsock = Some("3:sock:et".parse().unwrap());
+        let vsock = to_config(&args).unwrap().vsock.unwrap();
+        assert_eq!(vsock.guest_cid, 3);
+        assert_eq!(vsock.uds_path, std::path::absolute("sock:et").unwrap());
+        for (text, named) in [
+            ("3", "CID:PATH"),
+            ("three:p", "\"three\""),
+            ("-1:p", "\"-1\""),
+        ] {
+            let error = text.parse::<VsockArg>().unwrap_err();
             assert!(error.contains(named), "{error}");
         }
     }

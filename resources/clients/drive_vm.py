@@ -3,6 +3,7 @@
 usage: drive_vm.py SOCKET VMLINUX INITRAMFS BOOT_ARGS
 """
 
+import os
 import sys
 
 from firecracker.api import Api, Resource
@@ -23,6 +24,7 @@ except APIError as error:
 api.boot.put(kernel_image_path=vmlinux, initrd_path=initramfs, boot_args=boot_args)
 balloon, statistics = Resource(api, "/balloon"), Resource(api, "/balloon/statistics")
 balloon.put(amount_mib=8, deflate_on_oom=True, stats_polling_interval_s=1)
+api.vsock.put(guest_cid=3, uds_path=f"{socket}.vsock")
 api.actions.put(action_type="InstanceStart")
 assert api.describe.get().json()["state"] == "Running"
 
@@ -44,4 +46,6 @@ api.vm.patch(state="Resumed")
 assert api.describe.get().json()["state"] == "Running"
 config = api.vm_config.get().json()
 assert config["machine-config"]["mem_size_mib"] == 160, config
+assert config["vsock"] == {"guest_cid": 3, "uds_path": f"{socket}.vsock"}, config
+assert os.path.exists(f"{socket}.vsock")
 api.close()

@@ -177,8 +177,8 @@ fn a_part_that_is_refused_leaves_what_was_set_before() {
         (
             "PUT",
             "/vsock",
-            r#"{"guest_cid": 3, "uds_path": "v"}"#,
-            "supported",
+            r#"{"guest_cid": 2, "uds_path": "v"}"#,
+            "vsock.guest_cid: 2",
         ),
         ("PUT", "/machine-config", "{", "malformed"),
         ("PUT", "/colour", "{}", "/colour"),

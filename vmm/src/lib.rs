@@ -48,7 +48,7 @@
 //! | `device` | port-mapped devices | state |
 //! | [`bus`] | MMIO address to device | pure |
 //! | [`events`] | the event loop | thread |
-//! | [`virtio`] | virtio-mmio transport, queues, block, network, entropy and balloon devices | state |
+//! | [`virtio`] | virtio-mmio transport, queues, block, network, entropy, vsock and balloon devices | state |
 //! | [`probe`] | whether KVM can be used, asked before there is a monitor | system calls |
 //! | [`pageload`] | the embedded bare-metal guest | bytes |
 //! | `panics` | text of a caught panic | pure |

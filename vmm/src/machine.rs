@@ -31,7 +31,7 @@ use crate::kvm::{KvmError, vm};
 use crate::memory::ram::{Merger, Ram};
 use crate::plug::{self, Subscribers};
 use crate::start::{self, StartError};
-use crate::virtio::{BalloonCounts, BalloonHandle, Discards};
+use crate::virtio::{BalloonCounts, BalloonHandle, Discards, VsockCounts};
 
 /// What a machine takes from its monitor.
 #[derive(Debug)]
@@ -68,6 +68,7 @@ pub(crate) struct Outside {
     /// Its drives, to be waited for when they are closed.
     pub(crate) closings: Arc<Closings>,
     pub(crate) balloon_counts: Arc<BalloonCounts>,
+    pub(crate) vsock_counts: Arc<VsockCounts>,
     pub(crate) on_end: OnEnd,
 }
 

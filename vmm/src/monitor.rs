@@ -23,7 +23,7 @@ use crate::reaper::Reaper;
 use crate::roster::Roster;
 use crate::start::{self, StartError};
 use crate::state::EndReason;
-use crate::virtio::{DiscardThread, Discards};
+use crate::virtio::{DiscardThread, Discards, VsockCounts};
 use crate::vm::{Corpse, Vm};
 
 /// One merge domain: its VMs, its merge engine, its event loop, its reaper, its guard.
@@ -189,6 +189,14 @@ impl Monitor {
     /// limit that makes no sense.
     pub fn limit_network(&self, id: &VmId, patch: &NetworkPatch) -> Result<(), MonitorError> {
         self.find(id)?.limit_network(patch)
+    }
+
+    /// What a VM's vsock device counts; it stays at zero where there is none.
+    ///
+    /// # Errors
+    /// [`MonitorError::NotFound`].
+    pub fn vsock_counts(&self, id: &VmId) -> Result<Arc<VsockCounts>, MonitorError> {
+        Ok(self.find(id)?.vsock_counts())
     }
 
     /// Loads a VM's kernel and runs it. On failure the VM stays not started and nothing is left.

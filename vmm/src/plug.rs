@@ -16,7 +16,7 @@ use crate::start::{self, StartError};
 use crate::state::EndReason;
 use crate::virtio::{
     self, Attachment, Balloon, BalloonHandle, Disk, Entropy, Net, NetworkLimits, Slot, Throttle,
-    attach_block,
+    Vsock, attach_block,
 };
 
 /// Where devices are plugged in: interrupts and doorbells, memory, registers.
@@ -121,6 +121,13 @@ fn make(
             let device = Balloon::new(&balloon, &ram.discard(), &host.discards, counts);
             let device = device.map_err(StartError::EventFd)?;
             handles.balloon = Some(device.handle());
+            virtio::attach(slot, label, device, memory, allowance).map_err(StartError::EventFd)
+        }
+        VirtioDevice::Vsock(vsock) => {
+            let socket = start::bind_vsock(vsock)?;
+            let counts = outside.vsock_counts.clone();
+            let device = Vsock::new(socket, vsock.guest_cid, counts, allowance.clone());
+            let device = device.map_err(StartError::EventFd)?;
             virtio::attach(slot, label, device, memory, allowance).map_err(StartError::EventFd)
         }
     }

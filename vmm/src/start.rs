@@ -9,7 +9,9 @@ use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, BootError, KernelError};
 use crate::bus::BusError;
-use crate::config::{BootSource, ConfigError, ConfigPart, MergeMode, NetworkInterface, VmConfig};
+use crate::config::{
+    BootSource, ConfigError, ConfigPart, MergeMode, NetworkInterface, VmConfig, VsockConfig,
+};
 use crate::error::ErrorKind;
 use crate::events::EventsError;
 use crate::guard::room::VmAllowance;
@@ -21,7 +23,7 @@ use crate::memory::GuestMemory;
 use crate::memory::ram::RamError;
 use crate::metered::Metered;
 use crate::pageload;
-use crate::virtio::{Disk, DiskError, SlotError, Tap};
+use crate::virtio::{Disk, DiskError, SlotError, Tap, VsockSocket};
 
 const KERNEL_FIELD: &str = "kernel_image_path";
 const INITRD_FIELD: &str = "initrd_path";
@@ -93,6 +95,15 @@ pub enum StartError {
         #[source]
         error: std::io::Error,
     },
+    /// The socket of the vsock device cannot be made.
+    #[error("vsock.uds_path {path:?}: {error}")]
+    Vsock {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        error: std::io::Error,
+    },
     /// A place for a device.
     #[error(transparent)]
     Slot(#[from] SlotError),
@@ -124,6 +135,7 @@ impl StartError {
             | StartError::Cmdline(_)
             | StartError::Disk(_)
             | StartError::Tap { .. }
+            | StartError::Vsock { .. }
             | StartError::Slot(_)
             | StartError::Ksm(KsmError::NoDirectory(_) | KsmError::UnknownAdvice) => {
                 ErrorKind::InvalidInput
@@ -169,7 +181,11 @@ pub(crate) fn check_files(config: &VmConfig) -> Result<(), StartError> {
     for drive in &config.drives {
         Disk::open(drive)?;
     }
-    config.network_interfaces.iter().try_for_each(check_tap)
+    config.network_interfaces.iter().try_for_each(check_tap)?;
+    config
+        .vsock
+        .iter()
+        .try_for_each(|vsock| bind_vsock(vsock).map(drop))
 }
 
 fn check_boot_source(boot_source: &BootSource) -> Result<(), StartError> {
@@ -188,6 +204,8 @@ pub(crate) fn check_part(part: &ConfigPart) -> Result<(), StartError> {
         ConfigPart::BootSource(boot_source) => check_boot_source(boot_source),
         ConfigPart::Drive(drive) => Disk::open(drive).map(|_| ()).map_err(StartError::from),
         ConfigPart::NetworkInterface(interface) => check_tap(interface),
+        // Made and removed: the VM makes it again.
+        ConfigPart::Vsock(vsock) => bind_vsock(vsock).map(drop),
         ConfigPart::Balloon(_)
         | ConfigPart::Entropy(_)
         | ConfigPart::Machine(_)
@@ -210,6 +228,14 @@ pub(crate) fn open_tap(interface: &NetworkInterface) -> Result<Tap, StartError> 
     Tap::open(&interface.host_dev_name).map_err(|error| StartError::Tap {
         iface_id: interface.iface_id.clone(),
         host_dev_name: interface.host_dev_name.clone(),
+        error,
+    })
+}
+
+/// Makes the socket of a vsock device, whose file goes with it.
+pub(crate) fn bind_vsock(vsock: &VsockConfig) -> Result<VsockSocket, StartError> {
+    VsockSocket::bind(&vsock.uds_path).map_err(|error| StartError::Vsock {
+        path: vsock.uds_path.clone(),
         error,
     })
 }

@@ -24,7 +24,7 @@ use crate::ksm::KsmPlace;
 use crate::machine::{Host, Machine, Outside};
 use crate::start;
 use crate::state::{EndReason, Step, VmState};
-use crate::virtio::BalloonCounts;
+use crate::virtio::{BalloonCounts, VsockCounts};
 
 /// A machine whose VM is over, on its way to the reaper.
 pub(crate) struct Corpse {
@@ -41,6 +41,7 @@ pub(crate) struct Vm {
     console: Console,
     report: Arc<ReportPort>,
     balloon_counts: Arc<BalloonCounts>,
+    vsock_counts: Arc<VsockCounts>,
     reaper: Sender<Corpse>,
     cell: Mutex<Cell>,
     changed: Condvar,
@@ -79,6 +80,7 @@ impl Vm {
             console: Console::new(),
             report: Arc::default(),
             balloon_counts: Arc::default(),
+            vsock_counts: Arc::default(),
             reaper,
             cell: Mutex::new(cell),
             changed: Condvar::new(),
@@ -135,6 +137,10 @@ impl Vm {
 
     pub(crate) fn state(&self) -> VmState {
         self.lock().state.clone()
+    }
+
+    pub(crate) fn vsock_counts(&self) -> Arc<VsockCounts> {
+        self.vsock_counts.clone()
     }
 
     /// Changes the limits of a network interface of a VM that runs.
@@ -228,6 +234,7 @@ impl Vm {
             allowance: allowance.clone(),
             closings: Arc::default(),
             balloon_counts: self.balloon_counts.clone(),
+            vsock_counts: self.vsock_counts.clone(),
             on_end: self.on_end(),
         };
         let failed = |error| MonitorError::Start {

@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value, json};
 use vmm::VmId;
 use vmm::config::ConfigPart;
+use vmm::virtio::VsockCounts;
 
 use crate::request::{ActionType, DesiredState, Request};
 
@@ -49,6 +50,8 @@ const FIELDS: &[(&str, &[&str])] = &[
             "metrics_fails",
             "network_count",
             "network_fails",
+            "vsock_count",
+            "vsock_fails",
         ],
     ),
     (
@@ -62,6 +65,7 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     ("latencies_us", &["pause_vm", "resume_vm"]),
     ("logger", &["missed_log_count", "missed_metrics_count"]),
+    ("vsock", &VsockCounts::NAMES),
 ];
 
 /// What was counted since the last line.
@@ -123,6 +127,7 @@ pub(super) fn counter_of(request: &Request) -> Option<(&'static str, &'static st
             ConfigPart::Machine(_) => (put, "machine_cfg"),
             ConfigPart::MachinePatch(_) => (patch, "machine_cfg"),
             ConfigPart::NetworkInterface(_) => (put, "network"),
+            ConfigPart::Vsock(_) => (put, "vsock"),
             // Firecracker counts the device's work, not the request.
             ConfigPart::Balloon(_) | ConfigPart::Entropy(_) => return None,
         },
@@ -149,6 +154,7 @@ pub(super) fn text_of(request: &Request) -> String {
         ConfigPart::Machine(_) => "PUT /machine-config",
         ConfigPart::MachinePatch(_) => "PATCH /machine-config",
         ConfigPart::NetworkInterface(_) => "PUT /network-interfaces",
+        ConfigPart::Vsock(_) => "PUT /vsock",
     };
     match request {
         Request::ActOnVm(_, action) => format!("PUT /actions {}", action_name(*action)),

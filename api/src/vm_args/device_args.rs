@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use vmm::config::{BalloonConfig, MacAddress};
+use vmm::config::{BalloonConfig, MacAddress, VsockConfig};
 
 /// `--drive`: a path, and after a last colon what is to be otherwise than by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -126,5 +126,25 @@ impl FromStr for BalloonArg {
             }
         }
         Ok(BalloonArg(balloon))
+    }
+}
+
+/// `--vsock`: the guest's address, and the socket's path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VsockArg(pub VsockConfig);
+
+impl FromStr for VsockArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<VsockArg, String> {
+        let (cid, path) = text.split_once(':').ok_or("is not CID:PATH")?;
+        let guest_cid = cid
+            .parse()
+            .map_err(|error| format!("cid {cid:?}: {error}"))?;
+        Ok(VsockArg(VsockConfig {
+            guest_cid,
+            uds_path: path.into(),
+            vsock_id: None,
+        }))
     }
 }

@@ -2,7 +2,9 @@
 
 use crate::boot::cmdline::CMDLINE_LEN_MAX;
 
-use super::{BalloonConfig, Drive, EntropyConfig, MergeMode, NetworkInterface, VmConfig};
+use super::{
+    BalloonConfig, Drive, EntropyConfig, MergeMode, NetworkInterface, VmConfig, VsockConfig,
+};
 
 /// Interrupt lines 5 to 23, one a device (`virtio::Slot`).
 pub(super) const VIRTIO_DEVICES_MAX: usize = 19;
@@ -18,6 +20,8 @@ pub enum VirtioDevice<'a> {
     Entropy(&'a EntropyConfig),
     /// The balloon, with what is absent filled in.
     Balloon(BalloonConfig),
+    /// The vsock device.
+    Vsock(&'a VsockConfig),
 }
 
 impl VirtioDevice<'_> {
@@ -29,6 +33,7 @@ impl VirtioDevice<'_> {
             // Firecracker's name of it. A drive of this name is another device all the same.
             VirtioDevice::Entropy(_) => "rng",
             VirtioDevice::Balloon(_) => "balloon",
+            VirtioDevice::Vsock(_) => "vsock",
         }
     }
 }
@@ -47,7 +52,9 @@ impl VmConfig {
         let drives = self.ordered_drives().into_iter().map(VirtioDevice::Drive);
         let entropy = self.entropy.iter().map(VirtioDevice::Entropy);
         let networks = self.network_interfaces.iter().map(VirtioDevice::Network);
-        let mut devices: Vec<_> = drives.chain(networks).chain(entropy).collect();
+        let vsock = self.vsock.iter().map(VirtioDevice::Vsock);
+        let devices = drives.chain(networks).chain(entropy).chain(vsock);
+        let mut devices: Vec<_> = devices.collect();
         let has_place = devices.len() < VIRTIO_DEVICES_MAX;
         let balloon = self.balloon.or_else(|| self.default_balloon(has_place));
         let balloon = balloon.map(|balloon| balloon.resolved(self.samepage.merge));

@@ -17,6 +17,7 @@ mod part;
 mod rate_limiter;
 mod unsupported;
 mod validate;
+mod vsock;
 
 use std::path::{Path, PathBuf};
 
@@ -34,6 +35,7 @@ pub use part::ConfigPart;
 pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use unsupported::Unsupported;
 pub use validate::ConfigError;
+pub use vsock::{GUEST_CID_MIN, UDS_PATH_LEN_MAX, VsockConfig};
 
 use crate::id::MergeDomain;
 
@@ -65,9 +67,9 @@ pub struct VmConfig {
     /// Network interfaces, in the order the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub network_interfaces: Vec<NetworkInterface>,
-    /// Firecracker's `vsock`.
-    #[serde(default, skip_serializing_if = "Unsupported::is_absent")]
-    pub vsock: Unsupported,
+    /// Streams between programs of the guest and of the host, or none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// Memory that the guest gives back. Without it a VM whose memory the engine merges has one of no
     /// size, which reports what the guest does not use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,7 +113,7 @@ impl VmConfig {
             machine_config: MachineConfig::default(),
             samepage: SamepageConfig::default(),
             network_interfaces: Vec::new(),
-            vsock: Unsupported::ABSENT,
+            vsock: None,
             balloon: None,
             entropy: None,
             cpu_config: Unsupported::ABSENT,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     BalloonConfig, BootSource, Drive, EntropyConfig, MachineConfig, MachinePatch, NetworkInterface,
-    VmConfig,
+    VmConfig, VsockConfig,
 };
 
 /// One part, as its request has it.
@@ -25,6 +25,8 @@ pub enum ConfigPart {
     MachinePatch(MachinePatch),
     /// Firecracker's `PUT /network-interfaces/{iface_id}`: in place of the one of the same id.
     NetworkInterface(NetworkInterface),
+    /// Firecracker's `PUT /vsock`.
+    Vsock(VsockConfig),
 }
 
 impl VmConfig {
@@ -44,6 +46,7 @@ impl VmConfig {
                     &known.iface_id
                 });
             }
+            ConfigPart::Vsock(vsock) => self.vsock = Some(vsock.clone()),
         }
     }
 }

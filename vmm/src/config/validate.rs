@@ -1,12 +1,14 @@
 //! Which configurations make sense. Checked once here, trusted everywhere else.
 
 use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
 
 use super::devices::VIRTIO_DEVICES_MAX;
 use super::{
-    BalloonConfig, BootSource, ConfigPart, Drive, EntropyConfig, HOST_DEV_NAME_LEN_MAX, HugePages,
-    IoEngine, MEM_SIZE_MIB_MAX, MTU_MAX, MTU_MIN, MachineConfig, NetworkInterface, NetworkPatch,
-    RateLimiterConfig, TokenBucketConfig, Unsupported, VCPU_COUNT_MAX, VmConfig,
+    BalloonConfig, BootSource, ConfigPart, Drive, EntropyConfig, GUEST_CID_MIN,
+    HOST_DEV_NAME_LEN_MAX, HugePages, IoEngine, MEM_SIZE_MIB_MAX, MTU_MAX, MTU_MIN, MachineConfig,
+    NetworkInterface, NetworkPatch, RateLimiterConfig, TokenBucketConfig, UDS_PATH_LEN_MAX,
+    Unsupported, VCPU_COUNT_MAX, VmConfig, VsockConfig,
 };
 use crate::boot::cmdline::CMDLINE_LEN_MAX;
 
@@ -128,6 +130,7 @@ impl ConfigPart {
             // What comes of it is checked with the rest.
             ConfigPart::MachinePatch(_) => Ok(()),
             ConfigPart::NetworkInterface(interface) => interface.check(),
+            ConfigPart::Vsock(vsock) => vsock.check(),
         }
     }
 }
@@ -141,6 +144,23 @@ impl BalloonConfig {
 impl EntropyConfig {
     fn check(&self) -> Result<(), ConfigError> {
         check_rate_limiter("entropy.rate_limiter", self.rate_limiter.as_ref())
+    }
+}
+
+impl VsockConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let cid = self.guest_cid;
+        if !(GUEST_CID_MIN..u32::MAX).contains(&cid) {
+            let problem = format!("is not {GUEST_CID_MIN} to {}", u32::MAX - 1);
+            return Err(bad("vsock.guest_cid", cid, problem));
+        }
+        let path = self.uds_path.as_os_str().as_bytes();
+        if !(1..=UDS_PATH_LEN_MAX).contains(&path.len()) || path.contains(&0) {
+            let problem = format!("is not a path of 1 to {UDS_PATH_LEN_MAX} bytes");
+            let value = format!("{:?}", self.uds_path);
+            return Err(bad("vsock.uds_path", value, problem));
+        }
+        Ok(())
     }
 }
 
@@ -255,6 +275,9 @@ impl VmConfig {
         self.check_networks()?;
         self.check_device_count()?;
         self.check_balloon()?;
+        if let Some(vsock) = &self.vsock {
+            vsock.check()?;
+        }
         match &self.entropy {
             None => Ok(()),
             Some(entropy) => entropy.check(),
@@ -262,8 +285,7 @@ impl VmConfig {
     }
 
     fn check_unsupported(&self) -> Result<(), ConfigError> {
-        let keys: [(&str, &Unsupported); 8] = [
-            ("vsock", &self.vsock),
+        let keys: [(&str, &Unsupported); 7] = [
             ("cpu-config", &self.cpu_config),
             ("mmds-config", &self.mmds_config),
             ("logger", &self.logger),
@@ -294,7 +316,7 @@ impl VmConfig {
         if count > VIRTIO_DEVICES_MAX {
             let problem = format!("devices are more than {VIRTIO_DEVICES_MAX}");
             return Err(bad(
-                "drives, network-interfaces, entropy and balloon",
+                "drives, network-interfaces, entropy, vsock and balloon",
                 count,
                 problem,
             ));
@@ -418,8 +440,8 @@ mod tests {
             format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}, "{key}": {value}}}"#)
         };
         assert_eq!(
-            fault(&with("vsock", r#"{"guest_cid": 3}"#)),
-            "vsock: not supported yet"
+            fault(&with("serial", r#"{"output_path": "out"}"#)),
+            "serial: not supported yet"
         );
         assert_eq!(
             fault(&with("cpu-config", r#""cpu.json""#)),
@@ -480,6 +502,31 @@ mod tests {
         );
         let missing = serde_json::from_str::<VmConfig>(&with(r#"{"amount_mib": 0}"#));
         assert!(missing.unwrap_err().to_string().contains("deflate_on_oom"));
+    }
+
+    #[test]
+    fn a_vsock_device_has_an_address_of_a_guest_and_a_path_that_leaves_room_for_ports() {
+        let with = |cid: u64, path: &str| {
+            format!(
+                r#"{{"boot-source": {{"kernel_image_path": "k"}},
+                    "vsock": {{"guest_cid": {cid}, "uds_path": "{path}", "vsock_id": "v"}}}}"#
+            )
+        };
+        let longest = "p".repeat(96);
+        for cid in [3, 4_294_967_294] {
+            let config = parse(&with(cid, &longest));
+            config.validate().unwrap();
+            assert_eq!(config.virtio_devices().len(), 1);
+        }
+        for cid in [2, 4_294_967_295] {
+            let expected = format!("vsock.guest_cid: {cid} is not 3 to 4294967294");
+            assert_eq!(fault(&with(cid, "v")), expected);
+        }
+        for path in [format!("{longest}p"), String::new(), "a\\u0000b".to_owned()] {
+            let fault = fault(&with(3, &path));
+            assert!(fault.starts_with("vsock.uds_path: \""), "{fault}");
+            assert!(fault.ends_with("is not a path of 1 to 96 bytes"), "{fault}");
+        }
     }
 
     #[test]
@@ -555,7 +602,7 @@ mod tests {
         config.entropy = Some(EntropyConfig::default());
         assert_eq!(
             config.validate().unwrap_err().to_string(),
-            "drives, network-interfaces, entropy and balloon: 20 devices are more than 19"
+            "drives, network-interfaces, entropy, vsock and balloon: 20 devices are more than 19"
         );
     }
 
