@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn what_is_for_init_comes_last_wherever_it_begins() {
-        let mut config = VmConfig::new("k");
+        let mut config = vm();
         let mut line = |boot_args: &str, drives: &[Drive]| {
             config.boot_source.boot_args = Some(boot_args.to_owned());
             config.drives = drives.to_vec();
