@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use samepage::cli::{Cli, Command};
-use samepage::note::{LogTarget, last_note, note};
+use samepage::note::{LogTarget, last_note, note, open_log};
 use samepage::{command, lock_down};
 
 /// How long the end of the process waits for requests that still run, if all is well so far.
@@ -26,6 +26,10 @@ fn main() -> ExitCode {
             // Its front door warns, once.
             log::info!("this monitor is not fully locked down: {part}");
         }
+    }
+    if is_server {
+        // From the beginning, so that a line takes neither a thread nor a descriptor.
+        open_log();
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()

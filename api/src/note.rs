@@ -12,7 +12,7 @@ use crate::spool::{SLOW, Spool};
 /// How long the end of a server waits for whoever reads its last words.
 const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 
-/// Begun by the first line: a monitor's thread has to come after its lock-down.
+/// A monitor's thread has to come after its lock-down.
 static SPOOL: OnceLock<Spool> = OnceLock::new();
 
 /// Prints a line that begins with `samepage: `.
@@ -31,6 +31,11 @@ pub fn last_note(text: fmt::Arguments<'_>) {
         }
         None => note(text),
     }
+}
+
+/// Begins the thread of the log, which the first line would begin otherwise.
+pub fn open_log() {
+    spool();
 }
 
 /// Where the log goes: to standard error, from a thread of its own. Whoever logs may hold up a domain,

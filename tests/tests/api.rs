@@ -428,7 +428,7 @@ fn clients_that_get_in_each_others_way_leave_nothing_behind() {
     let server = Server::start(&[]);
     // A thread has its maker's name until it has run.
     wait_until("the server's threads have their names", PATIENCE, || {
-        holdings(server.pid()).0 == ["samepage", "stdin"]
+        holdings(server.pid()).0 == ["samepage", "log", "stdin"]
     });
     let before = holdings(server.pid());
     std::thread::scope(|scope| {
